@@ -1,0 +1,1 @@
+"""Blocks, policies, and what they cost."""

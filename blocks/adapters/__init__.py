@@ -1,0 +1,1 @@
+"""What is known of other libraries, and of nobody else in this package."""

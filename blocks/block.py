@@ -1,0 +1,165 @@
+"""`TransformerBlock`: one block as a module, with Hugging Face's parameter names and call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .function import Layer, RecomputeFunction, RunJob, wanted_names
+from .inputs import check_chunk_size, check_weights, prepare
+from .policy import Policy, PolicyLike
+from .replay import effective_policies
+from .spec import BlockSpec
+
+
+class Norm(nn.Module):
+    """The parameters of a norm; the block does the arithmetic.
+
+    Args:
+        width: `[width]` each of weight and bias.
+        bias: whether there is one.
+        offset: added to the weight in use, so that the weight starts at `1 - offset`.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(self, width: int, bias: bool, offset: float, device: Any, dtype: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(width, device=device, dtype=dtype))
+
+
+def parameter_modules(spec: BlockSpec, device: Any, dtype: Any) -> dict[str, nn.Module]:
+    """The modules that hold a block's parameters, by Hugging Face's names."""
+    modules: dict[str, nn.Module] = {}
+    shapes = spec.parameters()
+    for name, shape in shapes.items():
+        path, _, kind = name.rpartition(".")
+        if kind != "weight":
+            continue
+        bias = f"{path}.bias" in shapes
+        if len(shape) == 2:
+            modules[path] = nn.Linear(shape[1], shape[0], bias=bias, device=device, dtype=dtype)
+        else:
+            modules[path] = Norm(shape[0], bias, spec.norm_offset, device, dtype)
+    return modules
+
+
+class TransformerBlock(nn.Module):
+    """One transformer block that keeps for its backward pass what its policy says.
+
+    Args:
+        spec: what the block is.
+        policy: a name (`keep`, `selective`, `lean`, `full`), a mapping from activations to
+            actions, or a `Policy`.
+        chunk_size: tokens that the FFN and the projections work on at a time; None: the device's
+            default (512 on a CPU, 4,096 on a GPU). It bounds the scratch of a pass.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: for a policy that is unknown, not available, or drops `x` (which takes a
+            `BlockStack`: something must rebuild it).
+    """
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        policy: PolicyLike = "selective",
+        *,
+        chunk_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.policy = policy  # type: ignore[assignment]  # the setter parses it
+        self.chunk_size = check_chunk_size(chunk_size)
+        for path, module in parameter_modules(spec, device, dtype).items():
+            parent, _, name = path.rpartition(".")
+            if parent and parent not in self._modules:
+                self.add_module(parent, nn.Module())
+            self.get_submodule(parent).add_module(name, module)
+        self._names = tuple(spec.parameters())
+        self.reset_parameters()
+
+    @property
+    def policy(self) -> Policy:
+        """What the block keeps; may be set to anything `Policy.parse` takes."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, value: PolicyLike) -> None:
+        policy = Policy.parse(value)
+        policy.check_available()
+        if not policy.keeps("x"):
+            raise ValueError(
+                f"policy is {policy}, expected one that keeps x: a block alone has nothing to "
+                "rebuild its input from; put it in a BlockStack with segments"
+            )
+        self._policy = policy
+
+    def reset_parameters(self) -> None:
+        """Projections from N(0, 0.02), biases 0, norms the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by name, in the spec's order."""
+        return {name: self.get_parameter(name) for name in self._names}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """The block's output.
+
+        Args:
+            hidden_states: `[batch, seq_len, hidden_size]`, in the parameters' dtype (any under
+                autocast).
+            position_embeddings: `(cos, sin)`, each `[batch or 1, seq_len, rotary_dim]`; None:
+                from the spec's `rope_theta`, positions counting from 0 in each sequence.
+            attention_mask: `[batch or 1, heads or 1, seq_len, seq_len]`, bool (True: visible) or
+                added to the scores; it replaces the spec's causality and window.
+            cu_seqlens: int32 `[sequences + 1]`: where packed sequences begin, and the end; the
+                batch is then 1.
+            max_seqlen: the longest of them, which spares a GPU a host synchronisation.
+
+        Returns:
+            `[batch, seq_len, hidden_size]`, in hidden_states' dtype.
+
+        Raises:
+            TypeError: for a wrong dtype or kind.
+            ValueError: for a wrong shape, value or device.
+        """
+        call, inputs = prepare(
+            self.spec,
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            training=self.training,
+            chunk_size=self.chunk_size,
+        )
+        weights = check_weights(self.weights(), self.spec.parameters(), hidden_states)
+        [policy] = effective_policies([self.policy])
+        layer = Layer(policy, self._names, wanted_names(hidden_states, weights))
+        job = RunJob(call, (layer,), 0)
+        out: Tensor = RecomputeFunction.apply(job, inputs, hidden_states, *weights.values())
+        return out
+
+    def extra_repr(self) -> str:
+        """The policy, for `print(model)`."""
+        return f"{self.policy}"

@@ -1,0 +1,247 @@
+"""Checks of everything a caller hands to a block, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from backfuse.kernels.reference.rope import rope_cos_sin
+
+from .call import CHUNK_SIZE, Call, Inputs
+from .spec import BlockSpec
+
+
+def _described(x: object) -> str:
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+    return repr(x)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast asks for, or None where it does not apply."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def check_weights(
+    weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], x: Tensor
+) -> dict[str, Tensor]:
+    """The weights of a half or a block, in the order of `shapes`.
+
+    Raises:
+        TypeError: for a dtype that does not fit the input's (outside autocast).
+        ValueError: for a missing weight, a wrong shape or another device.
+    """
+    autocast = _autocast_dtype(x) is not None
+    for name, shape in shapes.items():
+        if name not in weights:
+            raise ValueError(f"weights lack {name!r}, expected a tensor of shape {list(shape)}")
+        weight = weights[name]
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"{name} is {_described(weight)}, expected the shape {list(shape)}")
+        if weight.device != x.device:
+            raise ValueError(
+                f"{name} is on {weight.device}, expected the device of hidden_states ({x.device})"
+            )
+        if weight.dtype != x.dtype and not autocast and "_proj." in name:
+            raise TypeError(
+                f"{name} is {weight.dtype}, expected the dtype of hidden_states ({x.dtype}); "
+                "mixed precision is torch.autocast's business"
+            )
+    return {name: weights[name] for name in shapes}
+
+
+def check_hidden_states(x: object, spec: BlockSpec) -> Tensor:
+    """The input of a block.
+
+    Raises:
+        TypeError: if it is not a floating-point tensor.
+        ValueError: if it is not `[batch, seq_len, hidden_size]`.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"hidden_states is {_described(x)}, expected a floating-point tensor")
+    if x.dim() != 3 or x.shape[-1] != spec.hidden_size or x.numel() == 0:
+        raise ValueError(
+            f"hidden_states is {_described(x)}, expected [batch, seq_len, {spec.hidden_size}], "
+            "none of them 0"
+        )
+    return x
+
+
+def _check_cu_seqlens(cu_seqlens: object, x: Tensor) -> Tensor:
+    tokens = x.shape[0] * x.shape[1]
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or (
+        cu_seqlens.dtype not in (torch.int32, torch.int64)
+    ):
+        raise TypeError(
+            f"cu_seqlens is {_described(cu_seqlens)}, expected a 1-D int32 tensor of offsets"
+        )
+    if x.shape[0] != 1:
+        raise ValueError(
+            f"hidden_states is {_described(x)}, expected a batch of 1 with cu_seqlens: packed "
+            "sequences stand in one row"
+        )
+    if cu_seqlens.device != x.device:
+        raise ValueError(
+            f"cu_seqlens is on {cu_seqlens.device}, expected the device of hidden_states "
+            f"({x.device})"
+        )
+    # Reading offsets from a GPU would make every call wait for it.
+    if cu_seqlens.is_cpu:
+        offsets = cu_seqlens.tolist()
+        if not offsets or offsets[0] != 0 or offsets[-1] != tokens or offsets != sorted(offsets):
+            raise ValueError(
+                f"cu_seqlens is {offsets}, expected offsets that rise from 0 to the number of "
+                f"tokens ({tokens})"
+            )
+    return cu_seqlens
+
+
+def _check_mask(mask: object, spec: BlockSpec, x: Tensor) -> Tensor:
+    batch, seq_len, heads = x.shape[0], x.shape[1], spec.num_attention_heads
+    if not isinstance(mask, Tensor) or not (
+        mask.dtype == torch.bool or mask.is_floating_point()
+    ):
+        raise TypeError(
+            f"attention_mask is {_described(mask)}, expected a bool tensor (True: visible) or a "
+            "floating-point one that is added to the scores"
+        )
+    if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, heads) or (
+        tuple(mask.shape[2:]) != (seq_len, seq_len)
+    ):
+        raise ValueError(
+            f"attention_mask is {_described(mask)}, expected [{batch} or 1, {heads} or 1, "
+            f"{seq_len}, {seq_len}]"
+        )
+    if mask.device != x.device:
+        raise ValueError(
+            f"attention_mask is on {mask.device}, expected the device of hidden_states ({x.device})"
+        )
+    if mask.requires_grad:
+        raise ValueError("attention_mask requires a gradient, which a block does not compute")
+    return mask
+
+
+def _position_embeddings(
+    given: tuple[Tensor, Tensor] | None, spec: BlockSpec, x: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    if spec.rope is None:
+        return None, None
+    batch, seq_len = x.shape[:2]
+    if given is None:
+        if spec.rope_theta is None:
+            raise ValueError(
+                "position_embeddings is None, expected (cos, sin): this spec has no rope_theta to "
+                "compute them from"
+            )
+        positions = torch.arange(seq_len, device=x.device)
+        if cu_seqlens is not None:
+            sequence = torch.searchsorted(cu_seqlens, positions, right=True) - 1
+            positions = positions - cu_seqlens[sequence]
+        cos, sin = rope_cos_sin(
+            positions, spec.rotary_dim, spec.rope_theta, layout=spec.rope, dtype=x.dtype
+        )
+        return cos.unsqueeze(0), sin.unsqueeze(0)
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise TypeError(
+            f"position_embeddings is a {type(given).__name__}, expected a pair (cos, sin)"
+        )
+    for name, part in zip(("cos", "sin"), given, strict=True):
+        fits = isinstance(part, Tensor) and part.dim() == 3 and part.is_floating_point()
+        if not fits or part.shape[0] not in (1, batch) or tuple(part.shape[1:]) != (
+            seq_len,
+            spec.rotary_dim,
+        ):
+            raise ValueError(
+                f"{name} of position_embeddings is {_described(part)}, expected "
+                f"[{batch} or 1, {seq_len}, {spec.rotary_dim}]"
+            )
+        if part.device != x.device:
+            raise ValueError(
+                f"{name} of position_embeddings is on {part.device}, expected the device of "
+                f"hidden_states ({x.device})"
+            )
+        if part.requires_grad:
+            raise ValueError(
+                f"{name} of position_embeddings requires a gradient, which a block does not compute"
+            )
+    return given[0], given[1]
+
+
+def prepare(
+    spec: BlockSpec,
+    hidden_states: Tensor,
+    *,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    training: bool = False,
+    chunk_size: int | None = None,
+    layers: int = 1,
+    attention: bool = True,
+) -> tuple[Call, Inputs]:
+    """Check a call's arguments and put them in order.
+
+    Args:
+        spec: the block.
+        hidden_states: `[batch, seq_len, hidden_size]`.
+        position_embeddings: `(cos, sin)`, each `[batch or 1, seq_len, rotary_dim]`.
+        attention_mask: `[batch or 1, heads or 1, seq_len, seq_len]`, bool or additive.
+        cu_seqlens: int32 `[sequences + 1]`, for packed sequences.
+        max_seqlen: the longest of them, which spares a GPU a host synchronisation.
+        training: whether dropout is active.
+        chunk_size: tokens a chunk; None: the device's default.
+        layers: how many layers the call runs through: each drops out with a seed of its own.
+        attention: whether the call has an attention half.
+
+    Raises:
+        TypeError: for something of the wrong kind or dtype.
+        ValueError: for a shape, device or value that does not fit.
+    """
+    x = check_hidden_states(hidden_states, spec)
+    if attention_mask is not None and cu_seqlens is not None:
+        raise ValueError("attention_mask and cu_seqlens are both given, expected one of them")
+    if chunk_size is None:
+        chunk_size = CHUNK_SIZE.get(x.device.type, CHUNK_SIZE["cuda"])
+    cos = sin = None
+    if attention:
+        if cu_seqlens is not None:
+            cu_seqlens = _check_cu_seqlens(cu_seqlens, x)
+        if attention_mask is not None:
+            attention_mask = _check_mask(attention_mask, spec, x)
+        cos, sin = _position_embeddings(position_embeddings, spec, x, cu_seqlens)
+    dropout = training and (spec.residual_dropout > 0 or (attention and spec.attention_dropout > 0))
+    seed = None
+    if dropout:
+        # Drawn from PyTorch's generator: torch.manual_seed and an outer checkpoint's RNG state
+        # govern it, and a CUDA graph draws anew at each replay.
+        seed = torch.randint(2**63 - 1, (layers,), device=x.device, dtype=torch.int64)
+    call = Call(
+        spec=spec,
+        batch_size=x.shape[0],
+        seq_len=x.shape[1],
+        compute_dtype=_autocast_dtype(x) or x.dtype,
+        chunk_size=chunk_size,
+        dropout=dropout,
+        max_seqlen=max_seqlen,
+    )
+    return call, Inputs(cos, sin, attention_mask, cu_seqlens, seed)
+
+
+def check_chunk_size(chunk_size: int | None) -> int | None:
+    """A chunk size a user gave.
+
+    Raises:
+        ValueError: unless it is None or a positive multiple of 64: rows of every chunk then
+            start on a cache line, kept or in scratch, which bitwise equality leans on.
+    """
+    if chunk_size is None or (
+        isinstance(chunk_size, int) and chunk_size > 0 and chunk_size % 64 == 0
+    ):
+        return chunk_size
+    raise ValueError(f"chunk_size is {chunk_size!r}, expected a positive multiple of 64, or None")

@@ -1,0 +1,160 @@
+"""Which tensors the backward pass of a block needs, and which of them are kept.
+
+One answer, asked twice: by the forward pass, to know what to save, and by the memory model, to
+know what that costs. A tensor is kept if its policy says so *and* a gradient that is wanted reads
+it: what only a frozen weight's gradient would read is neither kept nor computed.
+
+Kept tensors and their shapes, for `n` tokens:
+
+    x                 [n, h]        block input, in the residual's dtype
+    qkv               [n, q + 2kv]  in the compute dtype
+    attn_out          [n, q]        with lse: fp32, one a head and token
+    mid               [n, h]        in the residual's dtype
+    attn_branch       [n, h]        with a post-norm, in place of mid: the output projection
+                                    before that norm; mid is rebuilt from it without a GEMM
+    preact            [n, 2f or f]
+    ffn_branch        [n, h]        with a post-norm, beside preact: the down projection before
+                                    that norm
+    <norm>_stats      [1 or 2, n]   rstd (and mean) of each norm that is read again, fp32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+from .policy import Policy
+from .spec import BlockSpec
+
+#: The name under which the input of a block, or of a half, is listed among what needs a gradient.
+INPUT = "hidden_states"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the backward pass of one half has to give.
+
+    Attributes:
+        input: the gradient of the half's input.
+        norm: gradients of the pre-norm's parameters.
+        projections: gradients of the weights that read the normed input.
+        inner: any gradient on the far side of the half's activation: of the input, the pre-norm,
+            the first projections (weights or biases), qk-norm.
+        out: the gradient of the output projection's weight.
+        branch: `inner`, or anything of the output projection.
+        post: gradients of the post-norm's parameters.
+    """
+
+    input: bool
+    norm: bool
+    projections: bool
+    inner: bool
+    out: bool
+    branch: bool
+    post: bool
+
+    @property
+    def anything(self) -> bool:
+        """Whether the half has any gradient to give."""
+        return self.branch or self.post
+
+
+def half_needs(spec: BlockSpec, half: str, wanted: Set[str], need_input: bool) -> Needs:
+    """What one half's backward has to give.
+
+    Args:
+        spec: the block.
+        half: `"attn"` or `"ffn"`.
+        wanted: names of the parameters whose gradient is wanted.
+        need_input: whether the gradient of the half's input is wanted.
+    """
+    shapes = spec.attention_parameters() if half == "attn" else spec.ffn_parameters()
+    names = wanted & shapes.keys()
+    pre, post = (spec.norm_names.get(f"{half}_{role}", "-") for role in ("norm", "post_norm"))
+    out_name = "self_attn.o_proj" if half == "attn" else "mlp.down_proj"
+    norm = any(name.startswith(f"{pre}.") for name in names)
+    post_norm = any(name.startswith(f"{post}.") for name in names)
+    out = {name for name in names if name.startswith(out_name)}
+    first = {name for name in names if name.startswith(("self_attn.", "mlp."))} - out
+    inner = need_input or norm or bool(first)
+    return Needs(
+        input=need_input,
+        norm=norm,
+        projections=any(name.endswith("_proj.weight") for name in first),
+        inner=inner,
+        out=f"{out_name}.weight" in out,
+        branch=inner or bool(out),
+        post=post_norm,
+    )
+
+
+def ffn_kept(spec: BlockSpec, policy: Policy, needs: Needs) -> frozenset[str]:
+    """What the FFN half reads again and keeps; its input is named `mid`."""
+    kept = set()
+    post = spec.post_norm and needs.anything
+    preact = needs.inner or needs.out
+    if policy.keeps("preact"):
+        kept |= {"preact"} if preact else set()
+        kept |= {"ffn_branch"} if post else set()
+    rebuild = not policy.keeps("preact") and (preact or post)
+    normed = needs.projections or rebuild
+    if spec.pre_norm and (normed or needs.input or needs.norm):
+        kept |= {"mid", "ffn_norm_stats"}
+    elif normed:
+        kept.add("mid")
+    if post:
+        kept.add("ffn_post_norm_stats")
+    return frozenset(kept)
+
+
+def attention_kept(
+    spec: BlockSpec, policy: Policy, needs: Needs, read_mid: bool
+) -> frozenset[str]:
+    """What the attention half reads again and keeps.
+
+    Args:
+        spec: the block.
+        policy: what it keeps.
+        needs: what this half has to give.
+        read_mid: whether the FFN half behind it reads `mid` again.
+    """
+    kept = set()
+    post = spec.post_norm and needs.anything
+    middle = "attn_branch" if spec.post_norm else "mid"
+    read_middle = read_mid or post
+    if read_middle and policy.keeps("mid"):
+        kept.add(middle)
+    rebuild_middle = read_middle and not policy.keeps("mid")
+    attn_out = needs.inner or needs.out or rebuild_middle
+    if attn_out and policy.keeps("attn_out"):
+        kept.add("attn_out")
+        kept |= {"lse"} if needs.inner else set()
+    rebuild_out = attn_out and not policy.keeps("attn_out")
+    qkv = needs.inner or rebuild_out
+    if qkv and policy.keeps("qkv"):
+        kept.add("qkv")
+    normed = needs.projections or (qkv and not policy.keeps("qkv"))
+    residual = read_mid and (rebuild_middle or spec.post_norm)
+    if normed or residual or (spec.pre_norm and (needs.input or needs.norm)):
+        kept.add("x")
+    if spec.pre_norm and (normed or needs.input or needs.norm):
+        kept.add("attn_norm_stats")
+    if spec.post_norm and read_middle:
+        kept.add("attn_post_norm_stats")
+    return frozenset(kept)
+
+
+def block_kept(spec: BlockSpec, policy: Policy, wanted: Set[str]) -> frozenset[str]:
+    """Names of everything that one block keeps for its backward pass.
+
+    Args:
+        spec: the block.
+        policy: what it keeps. `x` counts as kept: dropping it is its segment's business.
+        wanted: names that need a gradient: parameters, and `INPUT` for the block's input.
+    """
+    attn = half_needs(spec, "attn", wanted, INPUT in wanted)
+    ffn = half_needs(spec, "ffn", wanted, attn.anything)
+    if not (attn.anything or ffn.anything):
+        return frozenset()
+    of_ffn = ffn_kept(spec, policy, ffn)
+    return (of_ffn - {"mid"}) | attention_kept(spec, policy, attn, "mid" in of_ffn)

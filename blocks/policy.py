@@ -1,0 +1,139 @@
+"""Which of a block's activations are kept for the backward pass, and what becomes of the others.
+
+Five activations cost a GEMM to rebuild; a policy gives each an action:
+
+    x          block input                     rebuilt by the block before it, in a segment
+    qkv        QKV projection                  rebuilt from x
+    attn_out   attention output and its LSE    rebuilt by the flash forward
+    mid        residual between the halves     rebuilt by the output projection
+    preact     FFN pre-activation              rebuilt from mid
+
+Everything else (normed inputs, roped q and k, softmax, the activated hidden) is never kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+from .errors import nearest
+
+ACTIVATION_NAMES = ("x", "qkv", "attn_out", "mid", "preact")
+ACTIONS = ("keep", "recompute", "offload", "fp8")
+
+#: Actions that exist as words, and are not built yet.
+UNAVAILABLE = {"offload": "the offload engine", "fp8": "fp8 storage"}
+
+
+@dataclass(frozen=True, repr=False)
+class Policy:
+    """One action for each of the five activations: `keep`, `recompute`, `offload` or `fp8`.
+
+    Raises:
+        ValueError: for an unknown action.
+    """
+
+    x: str = "keep"
+    qkv: str = "keep"
+    attn_out: str = "keep"
+    mid: str = "keep"
+    preact: str = "keep"
+
+    def __post_init__(self) -> None:
+        for name in ACTIVATION_NAMES:
+            action = getattr(self, name)
+            if action not in ACTIONS:
+                raise ValueError(
+                    f"the action of {name} is {action!r}, expected one of {', '.join(ACTIONS)}"
+                    + nearest(action, ACTIONS)
+                )
+
+    @classmethod
+    def parse(cls, value: PolicyLike) -> Policy:
+        """A policy from what a user writes.
+
+        Args:
+            value: a policy; a name (`"selective"`, or an alias such as `"nothing_saveable"`); a
+                mapping from activations to actions, the others being kept; or the same as text,
+                `"preact=recompute, qkv=recompute"`.
+
+        Raises:
+            TypeError: for something else.
+            ValueError: for an unknown name, with the nearest known one.
+        """
+        if isinstance(value, Policy):
+            return value
+        if isinstance(value, Mapping):
+            for name in value:
+                if name not in ACTIVATION_NAMES:
+                    raise ValueError(
+                        f"policy names the activation {name!r}, expected one of "
+                        f"{', '.join(ACTIVATION_NAMES)}" + nearest(name, ACTIVATION_NAMES)
+                    )
+            return cls(**value)
+        if not isinstance(value, str):
+            raise TypeError(
+                f"policy is a {type(value).__name__}, expected a name, a mapping from activations "
+                "to actions, or a Policy"
+            )
+        if "=" in value:
+            pairs = [part.partition("=") for part in value.split(",")]
+            return cls.parse({name.strip(): action.strip() for name, _, action in pairs})
+        known = {**NAMED_POLICIES, **{alias: NAMED_POLICIES[n] for alias, n in ALIASES.items()}}
+        if value not in known:
+            raise ValueError(
+                f"policy is {value!r}, expected one of {', '.join(NAMED_POLICIES)} (or an alias: "
+                f"{', '.join(ALIASES)})" + nearest(value, known)
+            )
+        return known[value]
+
+    def check_available(self) -> None:
+        """Raise a ValueError if an action of this policy does not exist yet."""
+        for name in ACTIVATION_NAMES:
+            action = getattr(self, name)
+            if action in UNAVAILABLE:
+                raise ValueError(
+                    f"the action of {name} is {action!r}, which needs {UNAVAILABLE[action]} and is "
+                    "not available in this version; use 'keep' or 'recompute'"
+                )
+
+    def keeps(self, name: str) -> bool:
+        """Whether the activation of that name stays on the device."""
+        return bool(getattr(self, name) == "keep")
+
+    def with_x(self, action: str) -> Policy:
+        """The same policy with another action for `x`."""
+        return replace(self, x=action)
+
+    def __repr__(self) -> str:
+        name = next((n for n, policy in NAMED_POLICIES.items() if policy == self), None)
+        groups = {
+            action: [f.name for f in fields(self) if getattr(self, f.name) == action]
+            for action in ACTIONS
+        }
+        told = "; ".join(f"{a} {', '.join(names)}" for a, names in groups.items() if names)
+        return f"Policy({name}: {told})" if name else f"Policy({told})"
+
+
+PolicyLike = Policy | str | Mapping[str, str]
+
+#: The policies that have a name, from most to least memory.
+NAMED_POLICIES: dict[str, Policy] = {
+    "keep": Policy(),
+    "selective": Policy(preact="recompute"),
+    "lean": Policy(qkv="recompute", mid="recompute", preact="recompute"),
+    "full": Policy(qkv="recompute", attn_out="recompute", mid="recompute", preact="recompute"),
+    "offload": Policy(
+        x="offload", qkv="recompute", attn_out="offload", mid="recompute", preact="recompute"
+    ),
+}
+
+#: Names of others for the same thing: JAX's, and Hugging Face's.
+ALIASES = {
+    "everything_saveable": "keep",
+    "dots_saveable": "keep",
+    "nothing_saveable": "full",
+    "activation_checkpointing": "full",
+    "gradient_checkpointing": "full",
+}
+

@@ -1,0 +1,57 @@
+"""Noticing that somebody else's checkpoint is about to run this block twice.
+
+Inside `torch.utils.checkpoint` the outer checkpoint drops what a block saves and runs it again. A
+block that recomputed on top of that would rebuild its activations twice. So it keeps instead: in
+the first run (where the checkpoint drops everything anyway, but counts what was saved) and in
+the replay, whose activations the backward pass uses at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import torch
+
+from .policy import Policy
+
+_warned = False
+
+
+def inside_checkpoint() -> bool:
+    """Whether an outer checkpoint will replay, or is replaying, the code that runs now.
+
+    A non-reentrant checkpoint is seen by its saved-tensor hooks, in both runs. A reentrant one
+    runs first without gradients, where nothing is kept, and replays within a backward pass.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    if torch._C._current_graph_task_id() != -1:
+        return True
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return bool(hooks) and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
+
+
+def effective_policies(policies: list[Policy]) -> list[Policy]:
+    """The policies to run under: `keep` inside somebody else's checkpoint, else as they are."""
+    global _warned
+    recomputing = any(policy != Policy() for policy in policies)
+    if not recomputing or not inside_checkpoint():
+        return policies
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "a backfuse block runs inside torch.utils.checkpoint, which replays it as a whole: "
+            "its own policy is set aside and it keeps its activations during the replay. Turn one "
+            "of the two off: a block with policy='full' needs no checkpoint around it.",
+            stacklevel=_stacklevel(),
+        )
+    return [Policy()] * len(policies)
+
+
+def _stacklevel() -> int:
+    """Frames up to the first one outside this package, so that the warning names the caller."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("backfuse"):
+        level, frame = level + 1, frame.f_back
+    return level

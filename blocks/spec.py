@@ -1,0 +1,281 @@
+"""`BlockSpec`: what a transformer block is, as data.
+
+    mid = x   + [residual dropout][post-norm] Wo attention(rope(qk_norm(Wqkv [pre-norm] x)))
+    z   = mid + [residual dropout][post-norm] Wdown(act(Wgate n) * (Wup n)),   n = [pre-norm] mid
+
+Every family is a choice of the fields below; none is a subclass. Sizes have Hugging Face's names,
+and so have the parameters: a Hugging Face layer's `state_dict` loads as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from backfuse.kernels.reference.activation import ACTIVATIONS
+
+from .errors import nearest
+
+Norm = Literal["rmsnorm", "layernorm"]
+NormPosition = Literal["pre", "post", "both"]
+QKNorm = Literal["head", "full"]
+RopeLayout = Literal["half", "interleaved"]
+
+#: Default of the fields that are resolved from others on construction.
+_UNSET: Any = None
+
+#: Hugging Face's names of activation functions, and ours.
+HIDDEN_ACTS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+
+def choose(name: str, value: Any, options: Any) -> None:
+    """Raise a ValueError unless `value` is one of `options`, with the nearest one suggested."""
+    if value in options:
+        return
+    expected = ", ".join(map(repr, options))
+    raise ValueError(f"{name} is {value!r}, expected one of {expected}{nearest(value, options)}")
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """The shape of one transformer block. The defaults are Llama's.
+
+    Attributes:
+        hidden_size: width of the residual stream, h.
+        intermediate_size: width of the FFN, f.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads, a divisor of the query heads; None: as many.
+        head_dim: channels a head; None: `hidden_size / num_attention_heads`.
+        norm: `"rmsnorm"` or `"layernorm"`.
+        norm_eps: added to the mean square or variance.
+        norm_bias: whether norms have a bias; None: LayerNorm does, RMSNorm does not.
+        norm_offset: added to the norm's weight (Gemma: 1).
+        norm_round_first: whether the normalised value is rounded to the input's dtype before it
+            meets the weight (Llama) or after (Gemma, OLMo 2, LayerNorm); None: by the norm.
+        norm_position: `"pre"`: before each half; `"post"`: on each half's output, before the
+            residual is added (OLMo 2); `"both"` (Gemma 2).
+        hidden_act: `silu`, `gelu` (erf), `gelu_tanh`, `relu`, `relu2`; Hugging Face's names too.
+        gated: whether the FFN has a gate (SwiGLU, GeGLU).
+        qkv_bias: whether q, k and v have biases; o_bias, up_bias (gate and up), down_bias likewise.
+        o_bias: see qkv_bias.
+        up_bias: see qkv_bias.
+        down_bias: see qkv_bias.
+        qk_norm: RMSNorm on q and k: `"head"` (each head, Qwen 3), `"full"` (the whole projection,
+            OLMo 2) or None.
+        rope: layout of the rotary embedding, `"half"`, `"interleaved"`, or None for none.
+        rope_theta: its base, for calls without `position_embeddings`; None: those must be given
+            (scaled variants).
+        rotary_dim: channels of a head that rotate; None: all.
+        causal: whether a token sees only itself and those before it.
+        sliding_window: a token sees keys less than this far away; None: all.
+        attn_logit_softcapping: scores become `cap * tanh(score / cap)`; None: they stay.
+        attention_scale: factor on the scores; None: `head_dim ** -0.5`.
+        attention_dropout: probability of dropping a softmax weight, in training.
+        residual_dropout: probability of dropping an element of a half's output, in training.
+        stacked_qkv: one `self_attn.qkv_proj` instead of three projections.
+        stacked_gate_up: one `mlp.gate_up_proj` instead of two.
+
+    Raises:
+        ValueError: for sizes that do not divide and values that are not known.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int = _UNSET
+    head_dim: int = _UNSET
+    norm: Norm = "rmsnorm"
+    norm_eps: float = 1e-6
+    norm_bias: bool = _UNSET
+    norm_offset: float = 0.0
+    norm_round_first: bool = _UNSET
+    norm_position: NormPosition = "pre"
+    hidden_act: str = "silu"
+    gated: bool = True
+    qkv_bias: bool = False
+    o_bias: bool = False
+    up_bias: bool = False
+    down_bias: bool = False
+    qk_norm: QKNorm | None = None
+    rope: RopeLayout | None = "half"
+    rope_theta: float | None = 10000.0
+    rotary_dim: int = _UNSET
+    causal: bool = True
+    sliding_window: int | None = None
+    attn_logit_softcapping: float | None = None
+    attention_scale: float = _UNSET
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    stacked_qkv: bool = False
+    stacked_gate_up: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "intermediate_size", "num_attention_heads")
+        optional = ("num_key_value_heads", "head_dim", "rotary_dim", "sliding_window")
+        for name in sizes + optional:
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a positive integer")
+        choose("norm", self.norm, ("rmsnorm", "layernorm"))
+        choose("norm_position", self.norm_position, ("pre", "post", "both"))
+        choose("qk_norm", self.qk_norm, (None, "head", "full"))
+        choose("rope", self.rope, (None, "half", "interleaved"))
+        choose("hidden_act", self.hidden_act, tuple(HIDDEN_ACTS))
+        self._resolve("hidden_act", HIDDEN_ACTS[self.hidden_act])
+        assert self.hidden_act in ACTIVATIONS
+        if self.num_key_value_heads is None:
+            self._resolve("num_key_value_heads", self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads is {self.num_key_value_heads}, expected a divisor of "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size is {self.hidden_size}, expected a multiple of "
+                    f"num_attention_heads ({self.num_attention_heads}), or give head_dim"
+                )
+            self._resolve("head_dim", self.hidden_size // self.num_attention_heads)
+        if self.rotary_dim is None:
+            self._resolve("rotary_dim", self.head_dim)
+        if self.rope and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
+            raise ValueError(
+                f"rotary_dim is {self.rotary_dim}, expected an even number of at most "
+                f"head_dim ({self.head_dim})"
+            )
+        for name in ("norm_eps", "attn_logit_softcapping", "rope_theta", "attention_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value!r}, expected a positive number")
+        for name in ("attention_dropout", "residual_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected 0 <= p < 1")
+        if self.norm_bias is None:
+            self._resolve("norm_bias", self.norm == "layernorm")
+        if self.norm_round_first is None:
+            self._resolve("norm_round_first", self.norm == "rmsnorm")
+        if self.attention_scale is None:
+            self._resolve("attention_scale", self.head_dim**-0.5)
+        if self.stacked_gate_up and not self.gated:
+            raise ValueError("stacked_gate_up is True, expected False for an FFN without a gate")
+
+    def _resolve(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_config(cls, config: Any, layer_idx: int = 0) -> BlockSpec:
+        """The spec of one decoder layer of a Hugging Face model.
+
+        Args:
+            config: a `transformers` configuration.
+            layer_idx: which layer, for models whose layers differ (sliding and full attention).
+
+        Raises:
+            ValueError: for a family or a setting that a block cannot represent, saying which.
+        """
+        from .adapters.hf_config import spec_fields
+
+        return cls(**spec_fields(config, layer_idx))
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads, and of all value heads."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def qkv_size(self) -> int:
+        """Width of q, k and v side by side."""
+        return self.q_size + 2 * self.kv_size
+
+    @property
+    def preact_size(self) -> int:
+        """Width of the FFN's pre-activation: gate and up, or up alone."""
+        return self.intermediate_size * (2 if self.gated else 1)
+
+    @property
+    def pre_norm(self) -> bool:
+        """Whether a norm stands before each half."""
+        return self.norm_position != "post"
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether a norm stands on each half's output."""
+        return self.norm_position != "pre"
+
+    @property
+    def norm_names(self) -> dict[str, str]:
+        """Role of each norm -> Hugging Face's name for it."""
+        if self.norm_position == "pre":
+            return {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+        post = {
+            "attn_post_norm": "post_attention_layernorm",
+            "ffn_post_norm": "post_feedforward_layernorm",
+        }
+        if self.norm_position == "post":
+            return post
+        return {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **post}
+
+    def _norm_shapes(self, half: str) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for role, name in self.norm_names.items():
+            if role.startswith(half):
+                shapes[f"{name}.weight"] = (self.hidden_size,)
+                if self.norm_bias:
+                    shapes[f"{name}.bias"] = (self.hidden_size,)
+        return shapes
+
+    def attention_parameters(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter of the attention half."""
+        h, q, kv = self.hidden_size, self.q_size, self.kv_size
+        shapes = self._norm_shapes("attn")
+        outs = {"qkv": q + 2 * kv} if self.stacked_qkv else {"q": q, "k": kv, "v": kv}
+        for name, out in outs.items():
+            shapes[f"self_attn.{name}_proj.weight"] = (out, h)
+            if self.qkv_bias:
+                shapes[f"self_attn.{name}_proj.bias"] = (out,)
+        shapes["self_attn.o_proj.weight"] = (h, q)
+        if self.o_bias:
+            shapes["self_attn.o_proj.bias"] = (h,)
+        if self.qk_norm:
+            shapes["self_attn.q_norm.weight"] = (self.head_dim if self.qk_norm == "head" else q,)
+            shapes["self_attn.k_norm.weight"] = (self.head_dim if self.qk_norm == "head" else kv,)
+        return shapes
+
+    def ffn_parameters(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter of the FFN half."""
+        h, f = self.hidden_size, self.intermediate_size
+        shapes = self._norm_shapes("ffn")
+        if self.stacked_gate_up:
+            outs = {"gate_up": 2 * f}
+        else:
+            outs = {"gate": f, "up": f} if self.gated else {"up": f}
+        for name, out in outs.items():
+            shapes[f"mlp.{name}_proj.weight"] = (out, h)
+            if self.up_bias:
+                shapes[f"mlp.{name}_proj.bias"] = (out,)
+        shapes["mlp.down_proj.weight"] = (h, f)
+        if self.down_bias:
+            shapes["mlp.down_proj.bias"] = (h,)
+        return shapes
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter of the block."""
+        return {**self.attention_parameters(), **self.ffn_parameters()}

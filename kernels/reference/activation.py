@@ -1,0 +1,89 @@
+"""The FFN's nonlinearity, gated or plain, forward and backward.
+
+    gated  hidden = act(gate) * up        d_up = d * act(gate)     d_gate = d * up * act'(gate)
+    plain  hidden = act(up)               d_up = d * act'(up)
+
+| kept | recomputed | GEMMs |
+|---|---|---|
+| the pre-activation, or nothing | hidden, inside the backward | none |
+
+SwiGLU and GeGLU: Shazeer 2020. ReLU^2: So et al. 2021 (Primer).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square_()
+
+
+def _relu2_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return grad * F.relu(x).mul_(2)
+
+
+#: name -> (act(x), d(act)(grad, x)), each giving a fresh tensor.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, aten.silu_backward),
+    "gelu": (F.gelu, aten.gelu_backward),
+    "gelu_tanh": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda grad, x: aten.gelu_backward(grad, x, approximate="tanh"),
+    ),
+    "relu": (F.relu, lambda grad, x: aten.threshold_backward(grad, x, 0)),
+    "relu2": (_relu2, _relu2_backward),
+}
+
+
+def activation_forward(preact: Tensor, kind: str, gated: bool) -> Tensor:
+    """The activated hidden.
+
+    Args:
+        preact: `[rows, 2 f]` (gate, then up) if gated, else `[rows, f]`.
+        kind: a key of `ACTIVATIONS`.
+        gated: whether the first half gates the second.
+
+    Returns:
+        `[rows, f]`, fresh, in preact's dtype.
+    """
+    act = ACTIVATIONS[kind][0]
+    if not gated:
+        return act(preact)
+    gate, up = preact.chunk(2, -1)
+    return act(gate).mul_(up)
+
+
+def activation_backward(
+    dhidden: Tensor, preact: Tensor, kind: str, gated: bool, out: Tensor
+) -> Tensor:
+    """The hidden again, and the gradient of the pre-activation.
+
+    Args:
+        dhidden: `[rows, f]`; overwritten.
+        preact: as in the forward pass; only read, unless `out` is the same tensor.
+        kind: a key of `ACTIVATIONS`.
+        gated: as in the forward pass.
+        out: shaped as preact, written with its gradient; may be preact itself.
+
+    Returns:
+        hidden `[rows, f]`, the same bits as the forward pass gave.
+    """
+    act, act_backward = ACTIVATIONS[kind]
+    if not gated:
+        hidden = act(preact)
+        out.copy_(act_backward(dhidden, preact))
+        return hidden
+    gate, up = preact.chunk(2, -1)
+    d_gate, d_up = out.chunk(2, -1)
+    activated = act(gate)
+    hidden = activated * up
+    activated.mul_(dhidden)
+    dhidden.mul_(up)
+    d_gate.copy_(act_backward(dhidden, gate))
+    d_up.copy_(activated)
+    return hidden

@@ -1,0 +1,20 @@
+"""Transformer blocks that choose, tensor by tensor, what to keep for the backward pass."""
+
+from backfuse.blocks.block import TransformerBlock
+from backfuse.blocks.function import attention, ffn
+from backfuse.blocks.policy import NAMED_POLICIES, Policy
+from backfuse.blocks.spec import BlockSpec
+from backfuse.kernels.reference.rope import rope_cos_sin
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NAMED_POLICIES",
+    "BlockSpec",
+    "Policy",
+    "TransformerBlock",
+    "__version__",
+    "attention",
+    "ffn",
+    "rope_cos_sin",
+]
