@@ -4,6 +4,7 @@ from backfuse.blocks.block import TransformerBlock
 from backfuse.blocks.function import attention, ffn
 from backfuse.blocks.policy import NAMED_POLICIES, Policy
 from backfuse.blocks.spec import BlockSpec
+from backfuse.blocks.stack import BlockStack
 from backfuse.kernels.reference.rope import rope_cos_sin
 
 __version__ = "0.1.0"
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NAMED_POLICIES",
     "BlockSpec",
+    "BlockStack",
     "Policy",
     "TransformerBlock",
     "__version__",
