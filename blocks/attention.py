@@ -111,9 +111,7 @@ class AttentionHalf:
         return self._heads
 
     def _split(self, x: Tensor) -> Tensor:
-        return rearrange(
-            x, "(b t) (n d) -> b t n d", b=self.call.batch_size, d=self.spec.head_dim
-        )
+        return rearrange(x, "(b t) (n d) -> b t n d", b=self.call.batch_size, d=self.spec.head_dim)
 
     def _angles(self) -> tuple[Tensor, Tensor] | None:
         """cos and sin, one row a token: `[tokens, rotary_dim]`."""
@@ -130,9 +128,11 @@ class AttentionHalf:
 
     def _qk_norm_rows(self, part: Tensor) -> Tensor:
         """The rows that qk-norm normalises: heads, or whole projections."""
-        return part.unflatten(-1, (-1, self.spec.head_dim)).flatten(0, 1) if (
-            self.spec.qk_norm == "head"
-        ) else part
+        return (
+            part.unflatten(-1, (-1, self.spec.head_dim)).flatten(0, 1)
+            if (self.spec.qk_norm == "head")
+            else part
+        )
 
     def _rotate(
         self, raw: Tensor, out: Tensor, angles: tuple[Tensor, Tensor] | None, rows: slice
@@ -201,9 +201,7 @@ class AttentionHalf:
             self.values["mid"] = mid
         return self.values["mid"]
 
-    def backward(
-        self, dmid: Tensor, needs: Needs, grads: WeightGrads
-    ) -> Tensor | None:
+    def backward(self, dmid: Tensor, needs: Needs, grads: WeightGrads) -> Tensor | None:
         """The gradient of x, and those of the weights.
 
         Args:
@@ -288,9 +286,7 @@ class AttentionHalf:
         if not spec.qk_norm:
             return
         raw = self.values["qkv"][rows, : spec.q_size + spec.kv_size]
-        for (name, dpart), (_, part) in zip(
-            self._qk_parts(dqk), self._qk_parts(raw), strict=True
-        ):
+        for (name, dpart), (_, part) in zip(self._qk_parts(dqk), self._qk_parts(raw), strict=True):
             weight_name = f"self_attn.{name}_norm.weight"
             lines = self._qk_norm_rows(part)
             dlines, dweight = norm_backward(

@@ -311,7 +311,9 @@ class Branch:
         dy: Tensor | None = dz.to(self.weight.dtype)
         if self.p:
             assert self.seed is not None and dy is not None
-            dy = dropout_rows_(dz.to(self.weight.dtype, copy=True), self.seed, self.p, first_row, self.site)
+            dy = dropout_rows_(
+                dz.to(self.weight.dtype, copy=True), self.seed, self.p, first_row, self.site
+            )
         if self.post is not None:
             assert projected is not None and statistics is not None
             dy = self.post.backward(dy, projected, statistics, grads, needs.branch)

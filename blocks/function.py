@@ -21,7 +21,7 @@ from .attention import AttentionHalf
 from .call import Call, Inputs, WeightGrads, Weights, cast_weights
 from .ffn import FFNHalf
 from .inputs import check_weights, prepare
-from .keep import INPUT, attention_kept, block_kept, ffn_kept, half_needs
+from .keep import INPUT, attention_reads, block_reads, ffn_reads, half_needs
 from .policy import Policy, PolicyLike
 from .replay import effective_policies
 from .spec import BlockSpec
@@ -135,7 +135,7 @@ class RunJob:
         if anything and len(self.layers) > 1:
             kept["0.x"] = x
         for index, layer in enumerate(self.layers):
-            keep = block_kept(self.call.spec, layer.policy, layer.wanted)
+            keep = block_reads(self.call.spec, layer.policy, layer.wanted).kept
             named, side = self._cast(weights, index), self._inputs(inputs, index)
             attn = AttentionHalf(self.call, named, side, x, {}, keep)
             mid = attn.mid()
@@ -172,8 +172,12 @@ class RunJob:
             """The gradient of a part's input."""
             if not isinstance(node, tuple):
                 dz, found = self._backward_layer(
-                    node, self._cast(weights, node), self._inputs(inputs, node), x,
-                    of_layer[node], dz,
+                    node,
+                    self._cast(weights, node),
+                    self._inputs(inputs, node),
+                    x,
+                    of_layer[node],
+                    dz,
                 )
                 grads[node] = found.take(self.layers[node].names, self._weights(weights, node))
                 return dz
@@ -207,7 +211,7 @@ class RunJob:
             return None, grads
         attn = AttentionHalf(call, weights, inputs, x, kept)
         ffn = FFNHalf(call, weights, inputs, kept)
-        mid = attn.mid() if "mid" in ffn_kept(spec, layer.policy, ffn_needs) else None
+        mid = attn.mid() if "mid" in ffn_reads(spec, layer.policy, ffn_needs).kept else None
         dmid = ffn.backward(mid, dz, ffn_needs, grads)
         del mid, ffn
         attn.values.pop("mid", None)
@@ -236,10 +240,10 @@ class HalfJob:
         named = cast_weights(dict(zip(layer.names, weights, strict=True)), call.compute_dtype)
         needs = half_needs(call.spec, self.half, layer.wanted, INPUT in layer.wanted)
         if self.half == "ffn":
-            keep = ffn_kept(call.spec, layer.policy, needs) if layer.wanted else frozenset()
+            keep = ffn_reads(call.spec, layer.policy, needs).kept
             z, kept = FFNHalf(call, named, inputs, {}).forward(x, keep)
             return z, kept | ({"mid": x} if "mid" in keep else {})
-        keep = attention_kept(call.spec, layer.policy, needs, False) if layer.wanted else frozenset()
+        keep = attention_reads(call.spec, layer.policy, needs, read_mid=False).kept
         attn = AttentionHalf(call, named, inputs, x, {}, keep)
         mid = attn.mid()
         return mid, {name: attn.values[name] for name in sorted(keep)}
@@ -313,8 +317,14 @@ def ffn(
         ValueError: for a wrong shape, device, or policy.
     """
     return _half(
-        "ffn", spec.ffn_parameters(), hidden_states, weights, spec, policy,
-        training=training, chunk_size=chunk_size,
+        "ffn",
+        spec.ffn_parameters(),
+        hidden_states,
+        weights,
+        spec,
+        policy,
+        training=training,
+        chunk_size=chunk_size,
     )
 
 
@@ -353,7 +363,16 @@ def attention(
         ValueError: for a wrong shape, device, or policy.
     """
     return _half(
-        "attn", spec.attention_parameters(), hidden_states, weights, spec, policy,
-        position_embeddings=position_embeddings, attention_mask=attention_mask,
-        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, training=training, chunk_size=chunk_size,
+        "attn",
+        spec.attention_parameters(),
+        hidden_states,
+        weights,
+        spec,
+        policy,
+        position_embeddings=position_embeddings,
+        attention_mask=attention_mask,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        training=training,
+        chunk_size=chunk_size,
     )

@@ -74,8 +74,10 @@ def check_hidden_states(x: object, spec: BlockSpec) -> Tensor:
 
 def _check_cu_seqlens(cu_seqlens: object, x: Tensor) -> Tensor:
     tokens = x.shape[0] * x.shape[1]
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or (
-        cu_seqlens.dtype not in (torch.int32, torch.int64)
+    if (
+        not isinstance(cu_seqlens, Tensor)
+        or cu_seqlens.dim() != 1
+        or (cu_seqlens.dtype not in (torch.int32, torch.int64))
     ):
         raise TypeError(
             f"cu_seqlens is {_described(cu_seqlens)}, expected a 1-D int32 tensor of offsets"
@@ -103,15 +105,16 @@ def _check_cu_seqlens(cu_seqlens: object, x: Tensor) -> Tensor:
 
 def _check_mask(mask: object, spec: BlockSpec, x: Tensor) -> Tensor:
     batch, seq_len, heads = x.shape[0], x.shape[1], spec.num_attention_heads
-    if not isinstance(mask, Tensor) or not (
-        mask.dtype == torch.bool or mask.is_floating_point()
-    ):
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise TypeError(
             f"attention_mask is {_described(mask)}, expected a bool tensor (True: visible) or a "
             "floating-point one that is added to the scores"
         )
-    if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, heads) or (
-        tuple(mask.shape[2:]) != (seq_len, seq_len)
+    if (
+        mask.dim() != 4
+        or mask.shape[0] not in (1, batch)
+        or mask.shape[1] not in (1, heads)
+        or (tuple(mask.shape[2:]) != (seq_len, seq_len))
     ):
         raise ValueError(
             f"attention_mask is {_described(mask)}, expected [{batch} or 1, {heads} or 1, "
@@ -152,9 +155,14 @@ def _position_embeddings(
         )
     for name, part in zip(("cos", "sin"), given, strict=True):
         fits = isinstance(part, Tensor) and part.dim() == 3 and part.is_floating_point()
-        if not fits or part.shape[0] not in (1, batch) or tuple(part.shape[1:]) != (
-            seq_len,
-            spec.rotary_dim,
+        if (
+            not fits
+            or part.shape[0] not in (1, batch)
+            or tuple(part.shape[1:])
+            != (
+                seq_len,
+                spec.rotary_dim,
+            )
         ):
             raise ValueError(
                 f"{name} of position_embeddings is {_described(part)}, expected "

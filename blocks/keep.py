@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .policy import Policy
 from .spec import BlockSpec
@@ -88,29 +89,39 @@ def half_needs(spec: BlockSpec, half: str, wanted: Set[str], need_input: bool) -
     )
 
 
-def ffn_kept(spec: BlockSpec, policy: Policy, needs: Needs) -> frozenset[str]:
-    """What the FFN half reads again and keeps; its input is named `mid`."""
-    kept = set()
-    post = spec.post_norm and needs.anything
-    preact = needs.inner or needs.out
+class Reads(NamedTuple):
+    """What a backward pass reads, by where it comes from.
+
+    Attributes:
+        kept: names of kept tensors.
+        rebuilt: names of the activations that it rebuilds, each at the cost of a GEMM or more.
+    """
+
+    kept: frozenset[str]
+    rebuilt: frozenset[str]
+
+
+def ffn_reads(spec: BlockSpec, policy: Policy, needs: Needs) -> Reads:
+    """What the FFN half's backward reads; the half's input is named `mid` and counts as kept."""
+    read = set()
+    if needs.inner or needs.out:
+        read.add("preact")
+    if spec.post_norm and needs.anything:
+        read.add("ffn_branch")
     if policy.keeps("preact"):
-        kept |= {"preact"} if preact else set()
-        kept |= {"ffn_branch"} if post else set()
-    rebuild = not policy.keeps("preact") and (preact or post)
-    normed = needs.projections or rebuild
-    if spec.pre_norm and (normed or needs.input or needs.norm):
-        kept |= {"mid", "ffn_norm_stats"}
-    elif normed:
-        kept.add("mid")
-    if post:
-        kept.add("ffn_post_norm_stats")
-    return frozenset(kept)
+        kept, rebuilt = read, set()
+    else:
+        kept, rebuilt = set(), read | {"preact"} if read else set()
+    normed = needs.projections or bool(rebuilt)
+    if normed or (spec.pre_norm and (needs.input or needs.norm)):
+        kept = kept | {"mid"} | ({"ffn_norm_stats"} if spec.pre_norm else set())
+    if "ffn_branch" in read:
+        kept = kept | {"ffn_post_norm_stats"}
+    return Reads(frozenset(kept), frozenset(rebuilt))
 
 
-def attention_kept(
-    spec: BlockSpec, policy: Policy, needs: Needs, read_mid: bool
-) -> frozenset[str]:
-    """What the attention half reads again and keeps.
+def attention_reads(spec: BlockSpec, policy: Policy, needs: Needs, read_mid: bool) -> Reads:
+    """What the attention half's backward reads, `mid` included where the FFN half reads it.
 
     Args:
         spec: the block.
@@ -118,34 +129,37 @@ def attention_kept(
         needs: what this half has to give.
         read_mid: whether the FFN half behind it reads `mid` again.
     """
-    kept = set()
-    post = spec.post_norm and needs.anything
-    middle = "attn_branch" if spec.post_norm else "mid"
-    read_middle = read_mid or post
-    if read_middle and policy.keeps("mid"):
-        kept.add(middle)
-    rebuild_middle = read_middle and not policy.keeps("mid")
-    attn_out = needs.inner or needs.out or rebuild_middle
-    if attn_out and policy.keeps("attn_out"):
-        kept.add("attn_out")
-        kept |= {"lse"} if needs.inner else set()
-    rebuild_out = attn_out and not policy.keeps("attn_out")
-    qkv = needs.inner or rebuild_out
-    if qkv and policy.keeps("qkv"):
-        kept.add("qkv")
-    normed = needs.projections or (qkv and not policy.keeps("qkv"))
-    residual = read_mid and (rebuild_middle or spec.post_norm)
-    if normed or residual or (spec.pre_norm and (needs.input or needs.norm)):
+    kept, rebuilt = set(), set()
+
+    def read(name: str, action_of: str) -> bool:
+        """Note that a tensor is read; whether it must be rebuilt."""
+        (kept if policy.keeps(action_of) else rebuilt).add(name)
+        return name in rebuilt
+
+    rebuild_middle = False
+    if read_mid or (spec.post_norm and needs.anything):
+        rebuild_middle = read("attn_branch" if spec.post_norm else "mid", "mid")
+        if spec.post_norm:
+            kept.add("attn_post_norm_stats")
+    rebuild_out = False
+    if needs.inner or needs.out or rebuild_middle:
+        rebuild_out = read("attn_out", "attn_out")
+        if needs.inner and not rebuild_out:
+            kept.add("lse")
+    rebuild_qkv = False
+    if needs.inner or rebuild_out:
+        rebuild_qkv = read("qkv", "qkv")
+    normed = needs.projections or rebuild_qkv
+    normed_backward = spec.pre_norm and (needs.input or needs.norm)
+    if normed or normed_backward or (read_mid and (rebuild_middle or spec.post_norm)):
         kept.add("x")
-    if spec.pre_norm and (normed or needs.input or needs.norm):
+    if spec.pre_norm and (normed or normed_backward):
         kept.add("attn_norm_stats")
-    if spec.post_norm and read_middle:
-        kept.add("attn_post_norm_stats")
-    return frozenset(kept)
+    return Reads(frozenset(kept), frozenset(rebuilt))
 
 
-def block_kept(spec: BlockSpec, policy: Policy, wanted: Set[str]) -> frozenset[str]:
-    """Names of everything that one block keeps for its backward pass.
+def block_reads(spec: BlockSpec, policy: Policy, wanted: Set[str]) -> Reads:
+    """Everything that one block's backward pass reads.
 
     Args:
         spec: the block.
@@ -153,8 +167,6 @@ def block_kept(spec: BlockSpec, policy: Policy, wanted: Set[str]) -> frozenset[s
         wanted: names that need a gradient: parameters, and `INPUT` for the block's input.
     """
     attn = half_needs(spec, "attn", wanted, INPUT in wanted)
-    ffn = half_needs(spec, "ffn", wanted, attn.anything)
-    if not (attn.anything or ffn.anything):
-        return frozenset()
-    of_ffn = ffn_kept(spec, policy, ffn)
-    return (of_ffn - {"mid"}) | attention_kept(spec, policy, attn, "mid" in of_ffn)
+    ffn = ffn_reads(spec, policy, half_needs(spec, "ffn", wanted, attn.anything))
+    own = attention_reads(spec, policy, attn, "mid" in ffn.kept)
+    return Reads((ffn.kept - {"mid"}) | own.kept, ffn.rebuilt | own.rebuilt)

@@ -136,4 +136,3 @@ ALIASES = {
     "activation_checkpointing": "full",
     "gradient_checkpointing": "full",
 }
-

@@ -57,8 +57,12 @@ class AttentionMask:
 
 
 def library_core(
-    mask: AttentionMask, dtype: torch.dtype, device: torch.device, head_dim: int,
-    tokens: int, bias: Tensor | None,
+    mask: AttentionMask,
+    dtype: torch.dtype,
+    device: torch.device,
+    head_dim: int,
+    tokens: int,
+    bias: Tensor | None,
 ) -> str | None:
     """The kernel of PyTorch's that can do what is asked: `"cpu"`, `"flash"`, or None."""
     if mask.softcap is not None or mask.dropout or bias is not None:
@@ -93,8 +97,14 @@ def _blocks(start: int, stop: int, mask: AttentionMask, bias: Tensor | None) -> 
         yield q0, q1, k0, k1
 
 
-def core_flops(tokens: int, lengths: list[int] | None, width: int, mask: AttentionMask,
-               library: bool, masked: bool) -> int:
+def core_flops(
+    tokens: int,
+    lengths: list[int] | None,
+    width: int,
+    mask: AttentionMask,
+    library: bool,
+    masked: bool,
+) -> int:
     """Multiply-add FLOPs (two each) of `Q K^T` for one row of a batch, all heads.
 
     Args:
@@ -118,7 +128,9 @@ def _visible(q0: int, q1: int, k0: int, k1: int, mask: AttentionMask, device: to
     """bool `[rows, keys]`, or None where a block sees every key it visits."""
     if not mask.causal and mask.window is None:
         return None
-    distance = torch.arange(q0, q1, device=device).unsqueeze(1) - torch.arange(k0, k1, device=device)
+    distance = torch.arange(q0, q1, device=device).unsqueeze(1) - torch.arange(
+        k0, k1, device=device
+    )
     visible = torch.ones_like(distance, dtype=torch.bool)
     if mask.causal:
         visible &= distance >= 0
@@ -132,7 +144,9 @@ def _heads(x: Tensor, groups: int, high: torch.dtype) -> Tensor:
     return rearrange(x, "b t (h g) d -> b h (g t) d", g=groups).to(high)
 
 
-def _scores(q: Tensor, k: Tensor, span: tuple, mask: AttentionMask, bias: Tensor | None, groups: int):
+def _scores(
+    q: Tensor, k: Tensor, span: tuple, mask: AttentionMask, bias: Tensor | None, groups: int
+):
     """Masked scores `[batch, kv heads, groups, rows, keys]` and tanh's value where softcapped."""
     q0, q1, k0, k1 = span
     scores = torch.matmul(q, k.transpose(-1, -2)).mul_(mask.scale)
@@ -156,7 +170,9 @@ def _scores(q: Tensor, k: Tensor, span: tuple, mask: AttentionMask, bias: Tensor
     return scores, tanh
 
 
-def _dropped(shape: torch.Size, span: tuple, mask: AttentionMask, seed: Tensor) -> Tensor:
+def _dropped(
+    shape: torch.Size, span: tuple, mask: AttentionMask, seed: Tensor, dtype: torch.dtype
+) -> Tensor:
     """The dropout mask of one block, scaled: `[batch, kv heads, groups, rows, keys]`."""
     q0, q1, k0, k1 = span
     kept = dropout_mask(
@@ -167,12 +183,18 @@ def _dropped(shape: torch.Size, span: tuple, mask: AttentionMask, seed: Tensor) 
         torch.arange(shape[0] * shape[1] * shape[2], device=seed.device),
         mask.site,
     )
-    return kept.view(shape) / (1.0 - mask.dropout)
+    return kept.view(shape).to(dtype).div_(1.0 - mask.dropout)
 
 
 def explicit_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *,
-    bias: Tensor | None = None, cu_seqlens: Tensor | None = None, seed: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention, block of rows by block of rows. Arguments and results as `attention_forward`."""
     high, groups = accumulate_dtype(q.dtype), q.shape[2] // k.shape[2]
@@ -189,7 +211,7 @@ def explicit_forward(
             weights = scores.sub_(row_lse.masked_fill(row_lse == float("-inf"), 0.0)).exp_()
             if mask.dropout:
                 assert seed is not None
-                weights.mul_(_dropped(weights.shape, span, mask, seed))
+                weights.mul_(_dropped(weights.shape, span, mask, seed, high))
             weights = rearrange(weights, "b h g t s -> b h (g t) s")
             part = torch.matmul(weights, _heads(v[:, k0:k1], 1, high))
             out[:, q0:q1] = rearrange(part, "b h (g t) d -> b t (h g) d", g=groups)
@@ -198,8 +220,17 @@ def explicit_forward(
 
 
 def explicit_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: AttentionMask, *,
-    bias: Tensor | None = None, cu_seqlens: Tensor | None = None, seed: Tensor | None = None,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: AttentionMask,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v. Arguments and results as `attention_backward`."""
     high, groups = accumulate_dtype(q.dtype), q.shape[2] // k.shape[2]
@@ -220,10 +251,12 @@ def explicit_backward(
             dropped = weights
             if mask.dropout:
                 assert seed is not None
-                factor = _dropped(weights.shape, span, mask, seed)
+                factor = _dropped(weights.shape, span, mask, seed, high)
                 dropped, dweights = weights * factor, dweights.mul_(factor)
             dropped = rearrange(dropped, "b h g t s -> b h (g t) s")
-            dv[:, k0:k1] += rearrange(torch.matmul(dropped.transpose(-1, -2), do_part), "b h s d -> b s h d")
+            dv[:, k0:k1] += rearrange(
+                torch.matmul(dropped.transpose(-1, -2), do_part), "b h s d -> b s h d"
+            )
             delta = rearrange(delta, "b h (g t) 1 -> b h g t 1", g=groups)
             dscores = dweights.sub_(delta).mul_(weights)
             if tanh is not None:
@@ -231,13 +264,21 @@ def explicit_backward(
             dscores = rearrange(dscores.mul_(mask.scale), "b h g t s -> b h (g t) s")
             dq_part = torch.matmul(dscores, k_part)
             dq[:, q0:q1] = rearrange(dq_part, "b h (g t) d -> b t (h g) d", g=groups)
-            dk[:, k0:k1] += rearrange(torch.matmul(dscores.transpose(-1, -2), q_part), "b h s d -> b s h d")
+            dk[:, k0:k1] += rearrange(
+                torch.matmul(dscores.transpose(-1, -2), q_part), "b h s d -> b s h d"
+            )
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *,
-    bias: Tensor | None = None, cu_seqlens: Tensor | None = None, seed: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q over k and v.
 
@@ -258,14 +299,20 @@ def attention_forward(
     """
     core = library_core(mask, q.dtype, q.device, q.shape[-1], q.shape[1], bias)
     if core is None:
-        return explicit_forward(
-            q, k, v, mask, bias=bias, cu_seqlens=cu_seqlens, seed=seed
-        )
+        return explicit_forward(q, k, v, mask, bias=bias, cu_seqlens=cu_seqlens, seed=seed)
     if core == "flash":
         q, k, v = _flat(q, k, v, cu_seqlens=cu_seqlens)
         out, lse, *_ = aten._flash_attention_forward(
-            q, k, v, cu_seqlens, cu_seqlens, *_lengths(q, cu_seqlens, mask), 0.0, mask.causal,
-            False, **_flash_options(mask),
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens,
+            *_lengths(q, cu_seqlens, mask),
+            0.0,
+            mask.causal,
+            False,
+            **_flash_options(mask),
         )
         return out.view(-1, *q.shape[-3:]), lse
     spans = _sequences(q.shape[1], cu_seqlens)
@@ -287,8 +334,17 @@ def attention_forward(
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: AttentionMask, *,
-    bias: Tensor | None = None, cu_seqlens: Tensor | None = None, seed: Tensor | None = None,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: AttentionMask,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, fresh and contiguous, shaped as those.
 
@@ -316,15 +372,30 @@ def attention_backward(
         # The kernel reads the random state only where it drops: it never does here.
         unused = torch.empty(2, dtype=torch.uint64, device=q.device)
         grads = aten._flash_attention_backward(
-            dout, q, k, v, out, lse, cu_seqlens, cu_seqlens, *_lengths(q, cu_seqlens, mask), 0.0,
-            mask.causal, unused, unused, **_flash_options(mask),
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cu_seqlens,
+            cu_seqlens,
+            *_lengths(q, cu_seqlens, mask),
+            0.0,
+            mask.causal,
+            unused,
+            unused,
+            **_flash_options(mask),
         )
         return tuple(g.view(s) for g, s in zip(grads, shapes, strict=True))
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
     spans = _sequences(q.shape[1], cu_seqlens)
     if spans == [(0, q.shape[1])]:
         grads = backward(
-            *(x.transpose(1, 2) for x in (dout, q, k, v, out)), lse, 0.0, mask.causal,
+            *(x.transpose(1, 2) for x in (dout, q, k, v, out)),
+            lse,
+            0.0,
+            mask.causal,
             scale=mask.scale,
         )
         return tuple(g.transpose(1, 2) for g in grads)
@@ -332,7 +403,10 @@ def attention_backward(
     for a, b in spans:
         grads = backward(
             *(x[:, a:b].transpose(1, 2) for x in (dout, q, k, v, out)),
-            lse[:, :, a:b], 0.0, mask.causal, scale=mask.scale,
+            lse[:, :, a:b],
+            0.0,
+            mask.causal,
+            scale=mask.scale,
         )
         for result, grad in zip(results, grads, strict=True):
             result[:, a:b] = grad.transpose(1, 2)

@@ -70,9 +70,9 @@ def dropout_mask(
         bool `[slices, rows, columns]`: True where the element stays.
     """
     first = columns[:1] // 4
-    groups = torch.arange(
-        (len(columns) + 6) // 4, device=seed.device, dtype=torch.int64
-    ) + first  # one group more than needed where the columns do not start on a group
+    groups = (
+        torch.arange((len(columns) + 6) // 4, device=seed.device, dtype=torch.int64) + first
+    )  # one group more than needed where the columns do not start on a group
     key = (seed & MASK32, (seed >> 32) & MASK32)
     counter = (
         groups.view(1, 1, -1),
@@ -85,9 +85,7 @@ def dropout_mask(
     return words >= int(p * 2**32)
 
 
-def dropout_rows_(
-    x: Tensor, seed: Tensor, p: float, first_row: int, site: int
-) -> Tensor:
+def dropout_rows_(x: Tensor, seed: Tensor, p: float, first_row: int, site: int) -> Tensor:
     """Drop and rescale in place; its own gradient, since the map is diagonal.
 
     Args:

@@ -49,7 +49,9 @@ def rope_cos_sin(
     high = accumulate_dtype(dtype)
     exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=high) / head_dim
     angles = position_ids.to(high).unsqueeze(-1) * theta**-exponent
-    angles = torch.cat((angles, angles), -1) if layout == "half" else angles.repeat_interleave(2, -1)
+    angles = (
+        torch.cat((angles, angles), -1) if layout == "half" else angles.repeat_interleave(2, -1)
+    )
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

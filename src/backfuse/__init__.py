@@ -1,7 +1,9 @@
 """Transformer blocks that choose, tensor by tensor, what to keep for the backward pass."""
 
 from backfuse.blocks.block import TransformerBlock
+from backfuse.blocks.flops import Flops, block_flops
 from backfuse.blocks.function import attention, ffn
+from backfuse.blocks.memory import kept_bytes
 from backfuse.blocks.policy import NAMED_POLICIES, Policy
 from backfuse.blocks.spec import BlockSpec
 from backfuse.blocks.stack import BlockStack
@@ -13,10 +15,13 @@ __all__ = [
     "NAMED_POLICIES",
     "BlockSpec",
     "BlockStack",
+    "Flops",
     "Policy",
     "TransformerBlock",
     "__version__",
     "attention",
+    "block_flops",
     "ffn",
+    "kept_bytes",
     "rope_cos_sin",
 ]

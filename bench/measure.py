@@ -1,0 +1,259 @@
+"""Bytes and seconds: what a forward holds for its backward, how high a step peaks, how long it runs.
+
+Two ways to count bytes, because neither sees everything:
+
+    kept_bytes_measured   storages made by PyTorch operations and still alive after the forward;
+                          exact, on any device, right under checkpoints; blind inside compiled code
+    allocator_trace       the allocator's own events; sees compiled code, scratch inside operators
+                          and a checkpoint's saved RNG state; on CUDA rounded up to its granularity
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import backfuse.blocks.flops  # noqa: F401  gives PyTorch the formulas it lacks
+
+MIB = 2**20
+KIB = 2**10
+
+
+class LiveStorages(TorchDispatchMode):
+    """Remembers every storage that an operation returns while active, without keeping it alive.
+
+    A view shares its base's storage, so nothing counts twice. A storage that an operation only
+    reads (a weight, an input made before) does not count.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._older: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for storage in _storages((args, kwargs)):
+            if storage._cdata not in self._seen:
+                self._older.add(storage._cdata)
+        out = func(*args, **kwargs)
+        for storage in _storages(out):
+            self._remember(storage)
+        return out
+
+    def _remember(self, storage: torch.UntypedStorage) -> None:
+        known = self._seen.get(storage._cdata)
+        if known is None and storage._cdata in self._older:
+            return
+        # A weak reference holds the address, so a dead storage's is not given to another one.
+        reference = known[0] if known else StorageWeakRef(storage)
+        self._seen[storage._cdata] = (reference, storage.nbytes())
+
+    def live_bytes(self) -> int:
+        """Bytes of the remembered storages that are still alive."""
+        return sum(size for reference, size in self._seen.values() if not reference.expired())
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            yield leaf.untyped_storage()
+
+
+def kept_bytes_measured(call: Callable[..., Tensor], *inputs: Tensor) -> int:
+    """Bytes that `call(*inputs)` holds for its backward pass.
+
+    The inputs are copied first, so an input that is kept counts as one that nobody else holds;
+    the result counts only where the graph keeps it. What `call` closes over (weights, rotary
+    tables) was there before and does not count.
+
+    Args:
+        call: a forward pass; its result must require grad.
+        inputs: floating-point tensors.
+
+    Raises:
+        ValueError: if the result has no graph, so that nothing could be held.
+    """
+    with LiveStorages() as live:
+        graph = _graph_of(call, inputs)
+    gc.collect()
+    held = live.live_bytes()
+    del graph
+    return held
+
+
+def _graph_of(call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Any:
+    """The backward graph of `call` on copies of `inputs`, and nothing else of it."""
+    result = call(*(tensor.clone() for tensor in inputs))
+    if result.grad_fn is None:
+        raise ValueError("the result has no graph: neither an input nor a weight requires grad")
+    return result.grad_fn
+
+
+@dataclass(frozen=True)
+class Allocations:
+    """Bytes above what was live when the call began.
+
+    Attributes:
+        peak_bytes: the most at any one time.
+        live_bytes: what is left while the call's result is still held.
+    """
+
+    peak_bytes: int
+    live_bytes: int
+
+
+def allocator_trace(call: Callable[[], Any], device: torch.device | str = "cpu") -> Allocations:
+    """Runs `call` once and returns what the allocator of `device` saw."""
+    device = torch.device(device)
+    gc.collect()
+    if device.type == "cuda":
+        return _cuda_trace(call, device)
+    profiler = torch.autograd.profiler.profile(profile_memory=True)
+    with _silent_stderr():
+        profiler.__enter__()
+    try:
+        result = call()
+        gc.collect()
+    finally:
+        with _silent_stderr():
+            profiler.__exit__(None, None, None)
+    events = [
+        event
+        for event in profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
+    ]
+    current = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    del result
+    return Allocations(peak, current)
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drops what libraries write to the process's standard error, for a moment.
+
+    The profiler reports its start and stop there, and reads the variable that would turn that off
+    only while torch is being imported.
+    """
+    sys.stderr.flush()
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def _cuda_trace(call: Callable[[], Any], device: torch.device) -> Allocations:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = call()
+    gc.collect()
+    torch.cuda.synchronize(device)
+    live = torch.cuda.memory_allocated(device) - before
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del result
+    return Allocations(peak, live)
+
+
+def held_bytes(
+    call: Callable[..., Tensor], *inputs: Tensor, device: torch.device | str = "cpu"
+) -> int:
+    """As `kept_bytes_measured`, but by `allocator_trace`: compiled code and RNG states count too."""
+    return allocator_trace(lambda: _graph_of(call, inputs), device).live_bytes
+
+
+def count_flops(call: Callable[[], Any]) -> int:
+    """Matmul FLOPs of `call`, attention included on every device.
+
+    Attention counts as if it were not causal, which is what the fused operators' formulas do.
+    """
+    counter = FlopCounterMode(display=False)
+    with counter:
+        call()
+    return counter.get_total_flops()
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Waits until `device` has done what it was given."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(call: Callable[[], Any], device: torch.device | str = "cpu") -> float:
+    """Wall-clock seconds of one `call`, the device being idle before and after."""
+    with _no_collection():
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        return time.perf_counter() - start
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps the garbage collector from falling into somebody's measurement."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def interleaved(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Pairs of round and name: every name once a round, every second round in reverse.
+
+    A fixed order misleads: the caches and the clock that one contender leaves are the next one's.
+    """
+    for index in range(rounds):
+        for name in names if index % 2 == 0 else reversed(names):
+            yield index, name
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and the 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of one or more values.
+
+        Raises:
+            ValueError: for no values at all.
+        """
+        if not values:
+            raise ValueError("values is empty, expected at least one measurement")
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        fifths = statistics.quantiles(values, n=5, method="inclusive")
+        return cls(statistics.median(values), fifths[0], fifths[3])

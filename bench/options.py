@@ -1,0 +1,89 @@
+"""What the commands share: checks of the user's values, and packages that may be missing."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+
+def require(module: str) -> Any:
+    """Imports a package that only the commands need.
+
+    Raises:
+        ModuleNotFoundError: if it is missing, with the line that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise
+        raise ModuleNotFoundError(
+            f'{package} is not installed; this does it: pip install "backfuse[bench]"',
+            name=package,
+        ) from error
+
+
+def progress_bar(**options: Any) -> Any:
+    """A tqdm bar on standard error, gone when it is done."""
+    return require("tqdm").tqdm(leave=False, dynamic_ncols=True, **options)
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raises a ValueError unless `value` is at least 1."""
+    if value < 1:
+        raise ValueError(f"{name} is {value}, expected at least 1")
+
+
+def choose(name: str, value: str, known: Iterable[str]) -> None:
+    """Raises a ValueError, with the nearest known name, unless `value` is one of `known`."""
+    known = list(known)
+    if value in known:
+        return
+    near = difflib.get_close_matches(value, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}{hint}")
+
+
+def default_device() -> str:
+    """`cuda` where there is such a device, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Raises a ValueError for a device that PyTorch does not know or does not have here."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected cpu or cuda") from error
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}, expected cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but PyTorch finds no CUDA device here")
+
+
+def writable_folder(path: Path) -> None:
+    """Makes the folder and proves that a file can be written there.
+
+    Raises:
+        OSError: if not, naming the folder.
+    """
+    probe = path / ".backfuse-write-test"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {path}: {error.strerror}") from error

@@ -1,0 +1,141 @@
+"""Matmul FLOPs of a block: forward, backward, and what a policy recomputes.
+
+Counted as `torch.utils.flop_counter.FlopCounterMode` counts them, two a multiply-add: GEMMs and
+attention, nothing elementwise. PyTorch's own attention kernels are counted by its formula, which
+does not see causality; the explicit path is counted by the blocks it visits.
+
+Importing this module gives PyTorch the formulas it lacks for its CPU flash attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from backfuse.kernels.reference.attention import AttentionMask, core_flops, library_core
+
+from .keep import INPUT, block_reads, half_needs
+from .memory import check_sizes, wanted_set
+from .policy import Policy, PolicyLike
+from .spec import BlockSpec
+
+aten = torch.ops.aten
+
+
+def _register() -> None:
+    if aten._scaled_dot_product_flash_attention_for_cpu in flop_registry:
+        return
+
+    @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
+    def forward(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
+    def backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+        return sdpa_backward_flop_count(grad, q, k, v)
+
+
+_register()
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Matmul FLOPs of one block.
+
+    Attributes:
+        forward: of the forward pass.
+        backward: of the gradients alone.
+        recompute: of what the backward pass rebuilds.
+    """
+
+    forward: int
+    backward: int
+    recompute: int
+
+    @property
+    def total(self) -> int:
+        """Of a training step."""
+        return self.forward + self.backward + self.recompute
+
+
+def block_flops(
+    spec: BlockSpec,
+    policy: PolicyLike,
+    *,
+    batch_size: int,
+    seq_len: int,
+    lengths: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    masked: bool = False,
+    requires_grad: bool | Collection[str] = True,
+    training: bool = True,
+) -> Flops:
+    """Matmul FLOPs of one block's training step.
+
+    Args:
+        spec: the block.
+        policy: what it keeps.
+        batch_size: sequences.
+        seq_len: tokens a sequence.
+        lengths: lengths of the packed sequences, for a batch of 1.
+        dtype: of the GEMMs' operands.
+        device: where it runs: which attention kernel counts, and how.
+        masked: whether an attention mask is given.
+        requires_grad: names of what wants a gradient (see `kept_bytes`).
+        training: whether dropout is active.
+
+    Raises:
+        ValueError: for sizes, policies or names that do not exist.
+    """
+    check_sizes(batch_size, seq_len)
+    parsed = Policy.parse(policy)
+    wanted = wanted_set(spec, requires_grad)
+    tokens = batch_size * seq_len
+    qkv = 2 * tokens * spec.hidden_size * spec.qkv_size
+    out = 2 * tokens * spec.hidden_size * spec.q_size
+    up = 2 * tokens * spec.hidden_size * spec.preact_size
+    down = 2 * tokens * spec.hidden_size * spec.intermediate_size
+    mask = AttentionMask(
+        causal=spec.causal,
+        window=spec.sliding_window,
+        softcap=spec.attn_logit_softcapping,
+        dropout=spec.attention_dropout if training else 0.0,
+    )
+    bias = torch.empty(0) if masked else None
+    core = library_core(mask, dtype, torch.device(device), spec.head_dim, seq_len, bias)
+    scores = batch_size * core_flops(
+        seq_len, list(lengths) if lengths else None, spec.q_size, mask, core is not None, masked
+    )
+    forward = qkv + 2 * scores + out + up + down
+
+    attn = half_needs(spec, "attn", wanted, INPUT in wanted)
+    ffn = half_needs(spec, "ffn", wanted, attn.anything)
+    backward = 0
+    if ffn.inner:
+        backward += down + (up if ffn.input or ffn.norm else 0)
+    if attn.inner:
+        backward += out + 5 * scores + (qkv if attn.input or attn.norm else 0)
+    for name, shape in spec.parameters().items():
+        if name in wanted and len(shape) == 2:
+            backward += 2 * tokens * shape[0] * shape[1]
+
+    costs = {
+        "qkv": qkv,
+        "attn_out": 2 * scores,
+        "mid": out,
+        "attn_branch": out,
+        "preact": up,
+        "ffn_branch": down,
+    }
+    rebuilt = block_reads(spec, parsed, wanted).rebuilt
+    return Flops(forward, backward, sum(costs[name] for name in rebuilt))

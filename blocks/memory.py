@@ -1,0 +1,103 @@
+"""What a block keeps for its backward pass, to the byte.
+
+The list of kept tensors is `keep.block_reads`'s, the one the forward pass saves by; this file only
+knows their shapes. Not counted: parameters (they are there anyway), and what all layers share
+(cosines and sines, masks, offsets of packed sequences).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from backfuse.kernels.reference.norm import accumulate_dtype
+
+from .keep import INPUT, block_reads
+from .policy import Policy, PolicyLike
+from .spec import BlockSpec
+
+
+def wanted_set(spec: BlockSpec, requires_grad: bool | Collection[str]) -> frozenset[str]:
+    """Names that want a gradient, from what a user says of them.
+
+    Raises:
+        ValueError: for a name that is neither a parameter nor `hidden_states`.
+    """
+    known = {INPUT, *spec.parameters()}
+    if isinstance(requires_grad, bool):
+        return frozenset(known if requires_grad else ())
+    unknown = set(requires_grad) - known
+    if unknown:
+        raise ValueError(
+            f"requires_grad names {sorted(unknown)}, expected names among {sorted(known)}"
+        )
+    return frozenset(requires_grad)
+
+
+def check_sizes(batch_size: int, seq_len: int) -> None:
+    """Raise a ValueError unless both are positive integers."""
+    for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}, expected a positive integer")
+
+
+def kept_bytes(
+    spec: BlockSpec,
+    policy: PolicyLike,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: torch.dtype = torch.float32,
+    autocast_dtype: torch.dtype | None = None,
+    requires_grad: bool | Collection[str] = True,
+    training: bool = True,
+) -> dict[str, int]:
+    """Bytes that one block keeps between its forward and its backward pass.
+
+    Args:
+        spec: the block.
+        policy: what it keeps; a policy that recomputes `x` stands for a layer of a segment that
+            is not its first.
+        batch_size: sequences.
+        seq_len: tokens a sequence.
+        dtype: of the residual stream, and of the GEMMs' operands where autocast is off.
+        autocast_dtype: of the GEMMs' operands under autocast; None: off.
+        requires_grad: names of what wants a gradient, parameters and `"hidden_states"`; or True
+            for all and False for nothing.
+        training: whether dropout is active.
+
+    Returns:
+        Name of each kept tensor -> bytes; the five activations' names first, then `lse`, norm
+        statistics and `seed`. `sum(result.values())` is the total.
+
+    Raises:
+        ValueError: for sizes, policies or names that do not exist.
+    """
+    check_sizes(batch_size, seq_len)
+    parsed = Policy.parse(policy)
+    parsed.check_available()
+    wanted = wanted_set(spec, requires_grad)
+    kept = block_reads(spec, parsed, wanted).kept - (set() if parsed.keeps("x") else {"x"})
+    tokens = batch_size * seq_len
+    compute = autocast_dtype if autocast_dtype and dtype != torch.float64 else dtype
+    stats = accumulate_dtype(dtype).itemsize * (2 if spec.norm == "layernorm" else 1)
+    post_stats = accumulate_dtype(compute).itemsize * (2 if spec.norm == "layernorm" else 1)
+    per_token = {
+        "x": spec.hidden_size * dtype.itemsize,
+        "qkv": spec.qkv_size * compute.itemsize,
+        "attn_out": spec.q_size * compute.itemsize,
+        "mid": spec.hidden_size * dtype.itemsize,
+        "preact": spec.preact_size * compute.itemsize,
+        "attn_branch": spec.hidden_size * compute.itemsize,
+        "ffn_branch": spec.hidden_size * compute.itemsize,
+        "lse": spec.num_attention_heads * accumulate_dtype(compute).itemsize,
+        "attn_norm_stats": stats,
+        "ffn_norm_stats": stats,
+        "attn_post_norm_stats": post_stats,
+        "ffn_post_norm_stats": post_stats,
+    }
+    result = {name: tokens * size for name, size in per_token.items() if name in kept}
+    if training and wanted and (spec.attention_dropout or spec.residual_dropout):
+        result["seed"] = 8
+    return result

@@ -1,0 +1,180 @@
+"""kernels/reference/attention.py against an explicit fp64 softmax, under autograd."""
+
+import pytest
+import torch
+from families import assert_as_good_as
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backfuse.kernels.reference import attention as module
+from backfuse.kernels.reference.attention import (
+    AttentionMask,
+    attention_backward,
+    attention_forward,
+    explicit_backward,
+    explicit_forward,
+    library_core,
+)
+from backfuse.kernels.reference.dropout import dropout_mask
+
+
+def visible(tokens, mask, bounds):
+    """bool [tokens, tokens] from first principles."""
+    i, j = torch.arange(tokens).unsqueeze(1), torch.arange(tokens)
+    seen = torch.ones(tokens, tokens, dtype=torch.bool)
+    if mask.causal:
+        seen &= j <= i
+    if mask.window is not None:
+        seen &= (i - j).abs() < mask.window
+    if bounds is not None:
+        which = torch.searchsorted(torch.tensor(bounds), torch.arange(tokens), right=True)
+        seen &= which.unsqueeze(1) == which
+    return seen
+
+
+def plain(q, k, v, mask, bias=None, bounds=None, seed=None):
+    """Softmax attention in the inputs' dtype, nothing clever."""
+    batch, tokens, heads, _ = q.shape
+    k, v = (x.repeat_interleave(heads // x.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * mask.scale
+    if mask.softcap:
+        scores = mask.softcap * torch.tanh(scores / mask.softcap)
+    seen = visible(tokens, mask, bounds)
+    if bias is not None:
+        seen = bias if bias.dtype == torch.bool else torch.ones(1, dtype=torch.bool)
+        scores = scores if bias.dtype == torch.bool else scores + bias
+    scores = scores.masked_fill(~seen, float("-inf"))
+    empty = (scores == float("-inf")).all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+    if mask.dropout:
+        n = torch.arange(tokens)
+        kept = dropout_mask(seed, mask.dropout, n, n, torch.arange(batch * heads), mask.site)
+        weights = weights * kept.view_as(weights) / (1 - mask.dropout)
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+
+def check(q, k, v, mask, *, bias=None, bounds=None, seed=None, forward, backward):
+    """Outputs and gradients within twice the error of plain PyTorch in the same dtype."""
+    dtype, dout = q.dtype, torch.randn_like(q)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+
+    def through_autograd(dtype):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
+        out = plain(*leaves, mask, bias, bounds, seed)
+        return [out, *torch.autograd.grad(out, leaves, dout.to(dtype))]
+
+    exact, theirs = through_autograd(torch.float64), through_autograd(dtype)
+    options = {"bias": bias, "cu_seqlens": cu_seqlens, "seed": seed}
+    out, lse = forward(q, k, v, mask, **options)
+    ours = [out, *backward(dout, q, k, v, out, lse, mask, **options)]
+    # dS is a difference of dP and delta, which may cancel: that is the size rounding acts on.
+    size = (dout.double().abs() * exact[0].detach().abs()).sum(-1).max() * mask.scale
+    scales = [0.0, *(float(size * x.abs().max()) for x in (k, q)), 0.0]
+    eps = 2e-13 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
+    for name, a, b, c, scale in zip(
+        ("out", "dq", "dk", "dv"), ours, theirs, exact, scales, strict=True
+    ):
+        assert a.dtype == dtype and a.shape == c.shape
+        assert_as_good_as(name, a, b, c, eps, scale)
+    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+
+
+def heads(batch, tokens, heads, kv_heads, dim, dtype):
+    return [torch.randn(batch, tokens, n, dim).to(dtype) for n in (heads, kv_heads, kv_heads)]
+
+
+MASKS = {
+    "causal": AttentionMask(scale=0.3),
+    "full": AttentionMask(causal=False, scale=0.3),
+    "window": AttentionMask(window=9, scale=0.3),
+    "window-1": AttentionMask(window=1, scale=0.3),
+    "window-full": AttentionMask(window=9, causal=False, scale=0.3),
+    "softcap": AttentionMask(softcap=2.0, scale=0.5),
+    "dropout": AttentionMask(dropout=0.3, scale=0.3, site=2),
+    "all": AttentionMask(window=20, softcap=3.0, dropout=0.2, scale=0.4, causal=False),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_explicit(name, kv_heads, packed, dtype, monkeypatch, poisoned_empty):
+    monkeypatch.setattr(module, "BLOCK", 16)  # several blocks, the last one ragged
+    bounds = [0, 5, 5, 39, 40, 53] if packed else None
+    q, k, v = heads(1 if packed else 2, 53, 6, kv_heads, 8, dtype)
+    check(
+        q, k, v, MASKS[name], bounds=bounds, seed=torch.tensor([77]),
+        forward=explicit_forward, backward=explicit_backward,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("dim", [1, 8, 20])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_library(causal, packed, dim, dtype, poisoned_empty):
+    """PyTorch's CPU kernel, through the dispatching functions."""
+    bounds = [0, 0, 11, 12, 64, 70] if packed else None
+    q, k, v = heads(1 if packed else 3, 70, 4, 2, dim, dtype)
+    mask = AttentionMask(causal=causal, scale=0.4)
+    assert library_core(mask, dtype, q.device, dim, 70, None) == "cpu"
+    check(q, k, v, mask, bounds=bounds, forward=attention_forward, backward=attention_backward)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 1), (2, 4), (1, 4)])
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_mask_tensor_replaces_causality(shape, kind):
+    q, k, v = heads(2, 20, 4, 2, 8, torch.float32)
+    bias = torch.rand(*shape, 20, 20) > 0.5 if kind == torch.bool else torch.randn(*shape, 20, 20)
+    check(
+        q, k, v, MASKS["causal"], bias=bias, forward=attention_forward, backward=attention_backward
+    )
+
+
+def test_rows_that_see_nothing_are_zero_and_harmless():
+    q, k, v = heads(1, 12, 2, 2, 8, torch.float32)
+    bias = torch.ones(1, 1, 12, 12, dtype=torch.bool)
+    bias[..., 3:6, :] = False
+    out, lse = attention_forward(q, k, v, AttentionMask(), bias=bias)
+    assert (out[:, 3:6] == 0).all() and (lse[:, :, 3:6] == float("-inf")).all()
+    grads = attention_backward(torch.randn_like(q), q, k, v, out, lse, AttentionMask(), bias=bias)
+    assert (grads[0][:, 3:6] == 0).all() and all(g.isfinite().all() for g in grads)
+
+
+def test_the_library_is_not_asked_for_what_it_lacks():
+    cpu = torch.device("cpu")
+    for name in ("window", "softcap", "dropout", "all"):
+        assert library_core(MASKS[name], torch.float32, cpu, 8, 53, None) is None
+    assert library_core(MASKS["causal"], torch.float32, cpu, 8, 53, torch.ones(1)) is None
+    assert library_core(AttentionMask(window=53), torch.float32, cpu, 8, 53, None) == "cpu"
+
+
+def test_strided_heads_are_read_in_place():
+    packed = torch.randn(2, 30, 3, 4, 8)
+    q, k, v = packed.unbind(2)
+    mask = AttentionMask(scale=0.5)
+    for forward in (attention_forward, explicit_forward):
+        out, lse = forward(q, k, v, mask)
+        again, lse_again = forward(*(x.contiguous() for x in (q, k, v)), mask)
+        torch.testing.assert_close(out, again)
+        torch.testing.assert_close(lse, lse_again)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    cuts=st.lists(st.integers(0, 40), max_size=5),
+    window=st.none() | st.integers(1, 50),
+    causal=st.booleans(),
+    group=st.sampled_from([1, 3]),
+    block=st.sampled_from([4, 16, 64]),
+)
+def test_explicit_on_any_packing(cuts, window, causal, group, block):
+    bounds = [0, *sorted(cuts), 40]
+    q, k, v = heads(1, 40, 2 * group, 2, 4, torch.float64)
+    mask = AttentionMask(causal=causal, window=window, scale=0.5)
+    before, module.BLOCK = module.BLOCK, block
+    try:
+        check(q, k, v, mask, bounds=bounds, forward=explicit_forward, backward=explicit_backward)
+    finally:
+        module.BLOCK = before

@@ -1,0 +1,35 @@
+"""kernels/reference/linear.py: weights apart or stacked, biases, sums over chunks."""
+
+import pytest
+import torch
+
+from backfuse.kernels.reference.linear import accumulate_outer, linear, linear_backward_input
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_side_by_side_equals_one_by_one(bias, poisoned_empty):
+    x = torch.randn(7, 5, dtype=torch.float64)
+    weights = [torch.randn(n, 5, dtype=torch.float64) for n in (3, 1, 4)]
+    biases = [torch.randn(len(w), dtype=torch.float64) if bias else None for w in weights]
+    out = linear(x, weights, biases, torch.empty(7, 8, dtype=torch.float64))
+    parts = [x @ w.T + (0 if b is None else b) for w, b in zip(weights, biases, strict=True)]
+    torch.testing.assert_close(out, torch.cat(parts, 1))
+    torch.testing.assert_close(linear_backward_input(out, weights), out @ torch.cat(weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_weight_gradients_over_chunks_are_summed_in_high_precision(dtype):
+    dy, x = torch.randn(64 * 40, 3).to(dtype), torch.randn(64 * 40, 5).to(dtype)
+    total = None
+    for dy_part, x_part in zip(dy.split(64), x.split(64), strict=True):
+        total = accumulate_outer(total, dy_part, x_part)
+    assert total.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = dy.double().T @ x.double()
+    # One chunk's product is rounded to the operands' dtype at most once: an error of eps / 2 of a
+    # chunk's size. A sum kept in the low dtype would be off by eps / 2 of the total, 40 times.
+    eps = torch.finfo(dtype).eps
+    chunks = torch.stack([a.double().T @ b.double() for a, b in zip(dy.split(64), x.split(64))])
+    bound = (
+        eps * chunks.abs().sum(0) / 2 + 64 * 1.2e-7 * (dy.double().abs().T @ x.double().abs())
+    ).clamp(min=1e-12)
+    assert ((total.double() - exact).abs() <= bound).all()
