@@ -249,7 +249,7 @@ class AttentionHalf:
         grads: WeightGrads,
     ) -> Tensor | None:
         """From the gradients of roped q and k, and of v, to the half's input."""
-        call, spec = self.call, self.spec
+        call = self.call
         angles = self._angles()
         dx = torch.empty_like(dmid) if needs.input else None
         flat = [part.flatten(2).flatten(0, 1) for part in dheads]

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .function import Layer, RecomputeFunction, RunJob, wanted_names
+from .function import RecomputeFunction
 from .inputs import check_chunk_size, check_weights, prepare
 from .policy import Policy, PolicyLike
 from .replay import effective_policies
+from .run import Layer, RunJob, wanted_names
 from .spec import BlockSpec
 
 

@@ -18,16 +18,14 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionHalf
-from .call import Call, Inputs, WeightGrads, Weights, cast_weights
+from .call import Call, Inputs, WeightGrads, cast_weights
 from .ffn import FFNHalf
 from .inputs import check_weights, prepare
-from .keep import INPUT, attention_reads, block_reads, ffn_reads, half_needs
+from .keep import INPUT, attention_reads, ffn_reads, half_needs
 from .policy import Policy, PolicyLike
 from .replay import effective_policies
+from .run import Gradients, Kept, Layer, wanted_names
 from .spec import BlockSpec
-
-Kept = dict[str, Tensor]
-Gradients = tuple[Tensor | None, list[Tensor | None]]
 
 
 class Job(Protocol):
@@ -80,148 +78,6 @@ class RecomputeFunction(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One block of a run.
-
-    Attributes:
-        policy: what it keeps.
-        names: its parameters' names, in the order of its weights.
-        wanted: the names that want a gradient, `INPUT` for the block's input.
-    """
-
-    policy: Policy
-    names: tuple[str, ...]
-    wanted: frozenset[str]
-
-
-#: Layers of a run, by index; a tuple is a segment, whose parts may be segments again.
-Tree = int | tuple["Tree", ...]
-
-
-@dataclass(frozen=True)
-class RunJob:
-    """A block, or a segment: a run of blocks of which only the first keeps its `x`.
-
-    In backward, the inputs of a segment's parts are rebuilt from the first on, then the parts are
-    differentiated from the last to the first. Only the inputs of the parts being worked on exist
-    at a time: nesting segments holds O(log layers) of them.
-
-    Attributes:
-        call: the call, the same for all layers.
-        layers: the run.
-        tree: how the run is cut; `0` for a single block.
-    """
-
-    call: Call
-    layers: tuple[Layer, ...]
-    tree: Tree
-
-    def _weights(self, weights: Sequence[Tensor], index: int) -> Sequence[Tensor]:
-        start = sum(len(layer.names) for layer in self.layers[:index])
-        return weights[start : start + len(self.layers[index].names)]
-
-    def _cast(self, weights: Sequence[Tensor], index: int) -> dict[str, Tensor]:
-        named = zip(self.layers[index].names, self._weights(weights, index), strict=True)
-        return cast_weights(dict(named), self.call.compute_dtype)
-
-    def _inputs(self, inputs: Inputs, index: int) -> Inputs:
-        if inputs.seed is None:
-            return inputs
-        return inputs._replace(seed=inputs.seed[index : index + 1])
-
-    def forward(self, x: Tensor, weights: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, Kept]:
-        kept: Kept = {}
-        anything = any(layer.wanted for layer in self.layers)
-        if anything and len(self.layers) > 1:
-            kept["0.x"] = x
-        for index, layer in enumerate(self.layers):
-            keep = block_reads(self.call.spec, layer.policy, layer.wanted).kept
-            named, side = self._cast(weights, index), self._inputs(inputs, index)
-            attn = AttentionHalf(self.call, named, side, x, {}, keep)
-            mid = attn.mid()
-            of_layer = {name: attn.values[name] for name in keep & attn.values.keys()}
-            del attn
-            x, of_ffn = FFNHalf(self.call, named, side, {}).forward(mid, keep)
-            of_layer.update(of_ffn)
-            if index:
-                of_layer.pop("x", None)
-            kept.update({f"{index}.{name}": of_layer[name] for name in sorted(of_layer)})
-        return x, kept
-
-    def backward(
-        self, dz: Tensor, weights: Sequence[Tensor], inputs: Inputs, kept: Kept
-    ) -> Gradients:
-        grads: dict[int, list[Tensor | None]] = {}
-        prefix = [f"{index}." for index in range(len(self.layers))]
-        of_layer: list[Kept] = [
-            {name[len(p) :]: value for name, value in kept.items() if name.startswith(p)}
-            for p in prefix
-        ]
-
-        def rebuild(node: Tree, x: Tensor) -> Tensor:
-            """The output of a part, from its input and what its layers kept."""
-            if isinstance(node, tuple):
-                for part in node:
-                    x = rebuild(part, x)
-                return x
-            named, side = self._cast(weights, node), self._inputs(inputs, node)
-            mid = AttentionHalf(self.call, named, side, x, of_layer[node]).mid()
-            return FFNHalf(self.call, named, side, of_layer[node]).forward(mid)[0]
-
-        def differentiate(node: Tree, x: Tensor | None, dz: Tensor | None) -> Tensor | None:
-            """The gradient of a part's input."""
-            if not isinstance(node, tuple):
-                dz, found = self._backward_layer(
-                    node,
-                    self._cast(weights, node),
-                    self._inputs(inputs, node),
-                    x,
-                    of_layer[node],
-                    dz,
-                )
-                grads[node] = found.take(self.layers[node].names, self._weights(weights, node))
-                return dz
-            xs = [x]
-            for part in node[:-1]:
-                assert xs[-1] is not None
-                xs.append(rebuild(part, xs[-1]))
-            for part in reversed(node):
-                dz = differentiate(part, xs.pop(), dz)
-            return dz
-
-        dx = differentiate(self.tree, kept.get("0.x"), dz)
-        return dx, [grad for index in range(len(self.layers)) for grad in grads[index]]
-
-    def _backward_layer(
-        self,
-        index: int,
-        weights: Weights,
-        inputs: Inputs,
-        x: Tensor | None,
-        kept: Kept,
-        dz: Tensor | None,
-    ) -> tuple[Tensor | None, WeightGrads]:
-        """Gradients of one block's input and weights."""
-        call, layer = self.call, self.layers[index]
-        spec = call.spec
-        attn_needs = half_needs(spec, "attn", layer.wanted, INPUT in layer.wanted)
-        ffn_needs = half_needs(spec, "ffn", layer.wanted, attn_needs.anything)
-        grads = WeightGrads(layer.wanted)
-        if dz is None or not (attn_needs.anything or ffn_needs.anything):
-            return None, grads
-        attn = AttentionHalf(call, weights, inputs, x, kept)
-        ffn = FFNHalf(call, weights, inputs, kept)
-        mid = attn.mid() if "mid" in ffn_reads(spec, layer.policy, ffn_needs).kept else None
-        dmid = ffn.backward(mid, dz, ffn_needs, grads)
-        del mid, ffn
-        attn.values.pop("mid", None)
-        dx = None
-        if dmid is not None:
-            dx = attn.backward(dmid, attn_needs, grads)
-        return dx, grads
-
-
-@dataclass(frozen=True)
 class HalfJob:
     """One half alone.
 
@@ -260,14 +116,6 @@ class HalfJob:
         else:
             dx = AttentionHalf(call, named, inputs, kept.get("x"), kept).backward(dz, needs, grads)
         return dx, grads.take(layer.names, weights)
-
-
-def wanted_names(x: Tensor, weights: Mapping[str, Tensor]) -> frozenset[str]:
-    """Names of what wants a gradient; none where gradients are off."""
-    if not torch.is_grad_enabled():
-        return frozenset()
-    wanted = {name for name, weight in weights.items() if weight.requires_grad}
-    return frozenset(wanted | ({INPUT} if x.requires_grad else set()))
 
 
 def _half(

@@ -22,7 +22,9 @@ def _described(x: object) -> str:
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast asks for, or None where it does not apply."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    if not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
@@ -214,6 +216,7 @@ def prepare(
     x = check_hidden_states(hidden_states, spec)
     if attention_mask is not None and cu_seqlens is not None:
         raise ValueError("attention_mask and cu_seqlens are both given, expected one of them")
+    chunk_size = check_chunk_size(chunk_size)
     if chunk_size is None:
         chunk_size = CHUNK_SIZE.get(x.device.type, CHUNK_SIZE["cuda"])
     cos = sin = None

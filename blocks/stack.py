@@ -9,17 +9,17 @@ time. With `n` layers, `sqrt(n)` equal segments hold `2 sqrt(n)` inputs (Chen et
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .block import TransformerBlock
-from .function import Layer, RecomputeFunction, RunJob, Tree, wanted_names
+from .function import RecomputeFunction
 from .inputs import check_chunk_size, check_weights, prepare
 from .keep import INPUT
 from .policy import Policy, PolicyLike
 from .replay import effective_policies
+from .run import Layer, RunJob, Tree, wanted_names
 from .spec import BlockSpec
 
 #: Sizes of segments: a number is a run of that many layers, a sequence a segment of segments.

@@ -1,4 +1,4 @@
-"""The operations a transformer block is made of: reference implementations, and the kernels to come.
+"""The operations a transformer block is made of: reference implementations.
 
 Nothing in this package knows of blocks, policies or models: functions take tensors and numbers.
 """

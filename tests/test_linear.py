@@ -28,7 +28,8 @@ def test_weight_gradients_over_chunks_are_summed_in_high_precision(dtype):
     # One chunk's product is rounded to the operands' dtype at most once: an error of eps / 2 of a
     # chunk's size. A sum kept in the low dtype would be off by eps / 2 of the total, 40 times.
     eps = torch.finfo(dtype).eps
-    chunks = torch.stack([a.double().T @ b.double() for a, b in zip(dy.split(64), x.split(64))])
+    parts = zip(dy.double().split(64), x.double().split(64), strict=True)
+    chunks = torch.stack([a.T @ b for a, b in parts])
     bound = (
         eps * chunks.abs().sum(0) / 2 + 64 * 1.2e-7 * (dy.double().abs().T @ x.double().abs())
     ).clamp(min=1e-12)

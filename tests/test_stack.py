@@ -136,3 +136,32 @@ def test_a_refused_change_changes_nothing():
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         BlockStack(**{"spec": FAMILIES["llama"], "num_layers": 4, **arguments})
+
+
+@pytest.mark.parametrize("segments", [None, 2, ((1, 2), 1)])
+def test_nothing_waits_for_the_garbage_collector(segments):
+    """A reference cycle in a pass would hold kept tensors until a collection, and cost the peak."""
+    import gc
+    import weakref
+
+    stack = make_stack(FAMILIES["gemma2"], 4, "keep", segments)
+    x, grad = make_input(stack.spec)
+    kept = []
+
+    def pack(tensor):
+        kept.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
+
+    own = {p.untyped_storage().data_ptr() for p in stack.parameters()}
+    own.add(x.untyped_storage().data_ptr())
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = stack(x)
+        y.backward(grad)
+        del y
+        alive = [ref() for ref in kept if ref() is not None]
+        assert not [s for s in alive if s.data_ptr() not in own]
+    finally:
+        gc.enable()

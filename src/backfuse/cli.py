@@ -1,0 +1,123 @@
+"""The `backfuse` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from backfuse import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: the arguments; None: the process's own.
+
+    Returns:
+        0; 2 for what the user can put right, said in one line; 130 after Ctrl-C.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"backfuse: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("backfuse: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="backfuse",
+        description="Transformer blocks that choose what to keep for the backward pass.",
+    )
+    parser.add_argument("--version", action="version", version=f"backfuse {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    bench = commands.add_parser("bench", help="measure against the alternatives")
+    subjects = bench.add_subparsers(title="what to measure", required=True, metavar="WHAT")
+    _add_bench_block(subjects)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="train a small language model under every policy: table, picture, sample",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each contender")
+    parser.add_argument("--seq-len", type=int, default=256, help="bytes of a sequence")
+    parser.add_argument("--layers", type=int, default=4, help="transformer blocks")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences of a step")
+    parser.add_argument("--hidden-size", type=int, default=192, help="width of the model")
+    parser.add_argument(
+        "--data", type=Path, help="a text file instead of the Python standard library's source"
+    )
+    parser.add_argument("--out", type=Path, default=Path("backfuse-demo"), help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from backfuse.bench import demo
+
+    options = {name: value for name, value in vars(args).items() if name != "run"}
+    return demo.run(demo.Settings(**options))
+
+
+def _add_bench_block(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subjects.add_parser(
+        "block",
+        help="a stack of blocks: time, held bytes, peak",
+        description="Forward and backward of a stack of Llama blocks, against Hugging Face's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--intermediate-size", type=int, default=1408)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, help="(default: as many as heads)")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--dtype", default="fp32", help="fp32, bf16, fp16 or fp64")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each one is timed")
+    parser.add_argument(
+        "--provider",
+        type=_names,
+        metavar="A,B,...",
+        help="whom to measure; backfuse is one of them, plain always runs (default: all)",
+    )
+    parser.add_argument(
+        "--policy", type=_names, metavar="A,B,...", help="backfuse's policies (default: all)"
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--threads", type=int, help="of PyTorch on a CPU (default: its own choice)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table there")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="write a picture (PNG) there")
+    parser.set_defaults(run=_bench_block)
+
+
+def _bench_block(args: argparse.Namespace) -> int:
+    from backfuse.bench import block
+
+    options = {name: value for name, value in vars(args).items() if name != "run"}
+    outputs = {name: options.pop(name) for name in ("csv", "plot", "threads")}
+    names = {"provider": "providers", "policy": "policies"}
+    setup = {names.get(name, name): value for name, value in options.items() if value is not None}
+    return block.run(block.Setup(**setup), **outputs)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""Blocks with a Hugging Face layer's weights do what that layer does, in every precision."""
+
+import pytest
+import torch
+from families import assert_as_good_as
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from backfuse import BlockSpec, TransformerBlock
+
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+SPECIAL = {
+    "gpt2": {
+        "n_embd": 48,
+        "n_head": 6,
+        "n_layer": 2,
+        "vocab_size": 64,
+        "n_positions": 128,
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+    },
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 20},
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "qwen3": {"head_dim": 12},
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 11, "head_dim": 8},
+    "phi3": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    },
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "starcoder2": {"use_bias": True, "sliding_window": 12},
+}
+FAMILIES = [
+    "gemma", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "olmo2", "phi3", "qwen2",
+    "qwen3", "smollm3", "starcoder2",
+]  # fmt: skip
+RENAMED = {
+    "starcoder2": {"mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"},
+    "gpt2": {
+        "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm",
+        "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj",
+    },
+}  # fmt: skip
+
+
+def make_model(family):
+    """A random tiny model in fp32, attention as plain PyTorch operations."""
+    torch.manual_seed(0)
+    sizes = {} if family == "gpt2" else SIZES
+    config = AutoConfig.for_model(family, **{**sizes, **SPECIAL.get(family, {})})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def weights_of(family, layer):
+    """The layer's weights by a block's names, as views: gradients reach the layer."""
+    found = {}
+    for name, parameter in layer.named_parameters():
+        path, _, kind = name.rpartition(".")
+        conv1d = family == "gpt2" and parameter.dim() == 2  # stored [in, out]
+        value = parameter.t() if conv1d else parameter
+        if path == "attn.c_attn":
+            for short, part in zip("qkv", value.chunk(3, 0), strict=True):
+                found[f"self_attn.{short}_proj.{kind}"] = part
+            continue
+        found[f"{RENAMED.get(family, {}).get(path, path)}.{kind}"] = value
+    return found
+
+
+def capture(model, index, dtype):
+    """What the model hands to one layer, and the gradient that comes back to its output."""
+    model = model.to(dtype)
+    seen = {}
+    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    torch.manual_seed(1)
+    ids = torch.randint(0, 64, (2, 40))
+
+    def before(module, args, kwargs):
+        seen["kwargs"] = kwargs
+        x = args[0] if args else kwargs["hidden_states"]
+        seen["x"] = x.detach().requires_grad_()
+        if args:
+            return (seen["x"], *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": seen["x"]}
+
+    def after(module, args, kwargs, out):
+        seen["y"] = out[0] if isinstance(out, tuple) else out
+
+    hooks = [
+        layers[index].register_forward_pre_hook(before, with_kwargs=True),
+        layers[index].register_forward_hook(after, with_kwargs=True),
+    ]
+    model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen, layers[index]
+
+
+def theirs(family, index, dtype, grad):
+    seen, layer = capture(make_model(family), index, dtype)
+    layer.zero_grad()
+    gradients = torch.autograd.grad(seen["y"], [seen["x"], *layer.parameters()], grad.to(dtype))
+    for parameter, gradient in zip(layer.parameters(), gradients[1:], strict=True):
+        parameter.grad = gradient
+    named = {n: p.grad for n, p in layer.named_parameters()}
+    return seen, layer, {"y": seen["y"].detach(), "x": gradients[0], **named}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("policy", ["keep", "full"])
+def test_layer(family, index, dtype, policy):
+    grad = torch.randn(2, 40, 48, generator=torch.Generator().manual_seed(3))
+    # the same input in both precisions: the low one's, exactly
+    low, layer, plain = theirs(family, index, dtype, grad)
+    spec = BlockSpec.from_config(make_model(family).config, index)
+    options = {}
+    if spec.rope:
+        options["position_embeddings"] = low["kwargs"]["position_embeddings"]
+
+    def run(layer, x, policy, dtype):
+        block = TransformerBlock(spec, policy, dtype=dtype, chunk_size=64)
+        block.load_state_dict({n: w.detach() for n, w in weights_of(family, layer).items()})
+        x = x.detach().to(dtype).requires_grad_()
+        inputs = {k: tuple(t.to(dtype) for t in v) for k, v in options.items()}
+        y = block(x, **inputs)
+        y.backward(grad.to(dtype))
+        return {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in block.named_parameters()}}
+
+    ours = run(layer, low["x"], policy, dtype)
+    # Hugging Face's own layer in fp64, on the same numbers
+    exact_layer = layer.double()
+    x = low["x"].detach().double().requires_grad_()
+    kwargs = {**low["kwargs"]}
+    kwargs.pop("hidden_states", None)
+    for key, value in kwargs.items():
+        if isinstance(value, tuple):
+            kwargs[key] = tuple(t.double() for t in value)
+        elif isinstance(value, torch.Tensor) and value.is_floating_point():
+            kwargs[key] = value.double().masked_fill(value < 0, torch.finfo(torch.float64).min)
+    y = exact_layer(x, **kwargs)
+    y = y[0] if isinstance(y, tuple) else y
+    for parameter in exact_layer.parameters():
+        parameter.grad = None
+    y.backward(grad.double().to(dtype).double())
+    exact = {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in exact_layer.named_parameters()}}
+
+    def by_block_name(values):
+        class Shell:
+            def named_parameters(self):
+                return [(n, v) for n, v in values.items() if n not in ("y", "x")]
+
+        return {"y": values["y"], "x": values["x"], **weights_of(family, Shell())}
+
+    plain, exact = by_block_name(plain), by_block_name(exact)
+    assert ours.keys() == plain.keys()
+    eps = torch.finfo(dtype).eps
+    for name, value in ours.items():
+        # The gradient of k's bias is exactly 0 without RoPE (softmax does not see a shift): what
+        # is left is rounding, of the size of the weight's gradient.
+        scale = float(exact[name.replace("bias", "weight")].abs().max())
+        assert_as_good_as(name, value, plain[name], exact[name], 4 * eps, scale)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in RENAMED])
+def test_state_dict_loads_strictly_and_saves_the_same_keys(family):
+    model = make_model(family)
+    layer = model.model.layers[1]
+    block = TransformerBlock(BlockSpec.from_config(model.config, 1))
+    block.load_state_dict(layer.state_dict())
+    layer.load_state_dict(block.state_dict())
+    assert block.state_dict().keys() == layer.state_dict().keys()
+
+
+def test_llama_3_rope_must_be_passed():
+    config = make_model("llama").config
+    config.rope_parameters = {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    spec = BlockSpec.from_config(config)
+    assert spec.rope_theta is None
+    with pytest.raises(ValueError, match="position_embeddings is None"):
+        TransformerBlock(spec)(torch.randn(1, 4, 48))
+
+
+def test_unknown_families_and_settings():
+    config = make_model("llama").config
+    config.model_type = "lama"
+    with pytest.raises(ValueError, match="model_type is 'lama'.*did you mean 'llama'"):
+        BlockSpec.from_config(config)
+    config = make_model("gpt2").config
+    config.scale_attn_by_inverse_layer_idx = True
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx is True"):
+        BlockSpec.from_config(config)

@@ -1,0 +1,75 @@
+"""BlockSpec: defaults, checks, names and shapes."""
+
+import dataclasses
+
+import pytest
+
+from backfuse import BlockSpec
+
+
+def test_defaults_are_llamas():
+    spec = BlockSpec(512, 1408, 8)
+    assert (spec.num_key_value_heads, spec.head_dim, spec.rotary_dim) == (8, 64, 64)
+    assert spec.attention_scale == 64**-0.5 and spec.norm_round_first and not spec.norm_bias
+    assert (spec.q_size, spec.kv_size, spec.qkv_size, spec.preact_size) == (512, 512, 1536, 2816)
+
+
+def test_frozen_hashable_and_replaceable():
+    spec = BlockSpec(512, 1408, 8)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.hidden_size = 3
+    assert hash(spec) == hash(BlockSpec(512, 1408, 8))
+    assert dataclasses.replace(spec, num_key_value_heads=2).kv_size == 128
+
+
+def test_parameter_names_and_shapes():
+    spec = BlockSpec(
+        8, 12, 4, 2, norm="layernorm", norm_position="both", qkv_bias=True, qk_norm="head",
+        stacked_gate_up=True,
+    )  # fmt: skip
+    shapes = spec.parameters()
+    assert shapes["self_attn.k_proj.weight"] == (4, 8) and shapes["self_attn.k_proj.bias"] == (4,)
+    assert shapes["mlp.gate_up_proj.weight"] == (24, 8) and shapes["self_attn.q_norm.weight"] == (
+        2,
+    )
+    assert {n for n in shapes if "layernorm" in n and n.endswith("bias")} == {
+        "input_layernorm.bias", "post_attention_layernorm.bias",
+        "pre_feedforward_layernorm.bias", "post_feedforward_layernorm.bias",
+    }  # fmt: skip
+    assert "self_attn.o_proj.bias" not in shapes and "mlp.up_proj.weight" not in shapes
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden_size": 0}, "hidden_size is 0, expected a positive integer"),
+        (
+            {"hidden_size": 30},
+            r"hidden_size is 30, expected a multiple of num_attention_heads \(4\)",
+        ),
+        ({"intermediate_size": 2.5}, "intermediate_size is 2.5"),
+        ({"num_attention_heads": True}, "num_attention_heads is True"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3, expected a divisor"),
+        ({"head_dim": 7}, "rotary_dim is 7, expected an even number"),
+        (
+            {"rotary_dim": 10},
+            r"rotary_dim is 10, expected an even number of at most head_dim \(8\)",
+        ),
+        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"hidden_act": "sillu"}, "hidden_act is 'sillu'.*did you mean 'silu'"),
+        ({"norm": "batchnorm"}, "norm is 'batchnorm'"),
+        ({"norm_position": "middle"}, "norm_position is 'middle'"),
+        ({"qk_norm": "heads"}, "qk_norm is 'heads'.*did you mean 'head'"),
+        ({"rope": "halves"}, "rope is 'halves'.*did you mean 'half'"),
+        ({"norm_eps": -1.0}, "norm_eps is -1.0, expected a positive number"),
+        ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping is 0.0"),
+        ({"residual_dropout": 1.0}, "residual_dropout is 1.0, expected 0 <= p < 1"),
+        ({"attention_dropout": -0.1}, "attention_dropout is -0.1"),
+        ({"gated": False, "stacked_gate_up": True}, "stacked_gate_up is True"),
+    ],
+)
+def test_bad_values(change, message):
+    with pytest.raises(ValueError, match=message):
+        BlockSpec(
+            **{"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, **change}
+        )
