@@ -107,7 +107,7 @@ class AttentionHalf:
             if rotated:
                 self._rotate(qkv[rows, :qk_size], qk[rows], angles, rows)
         q, k = qk.split([spec.q_size, spec.kv_size], -1)
-        self._heads = tuple(self._split(part) for part in (q, k, qkv[:, qk_size:]))  # type: ignore
+        self._heads = self._split(q), self._split(k), self._split(qkv[:, qk_size:])
         return self._heads
 
     def _split(self, x: Tensor) -> Tensor:

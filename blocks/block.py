@@ -77,7 +77,7 @@ class TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.policy = policy  # type: ignore[assignment]  # the setter parses it
+        self.policy = policy
         self.chunk_size = check_chunk_size(chunk_size)
         for path, module in parameter_modules(spec, device, dtype).items():
             parent, _, name = path.rpartition(".")

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backfuse.kernels.reference.attention import AttentionMask
 from backfuse.kernels.reference.dropout import dropout_rows_
+from backfuse.kernels.reference.explicit_attention import AttentionMask
 from backfuse.kernels.reference.linear import (
     accumulate_outer,
     linear,
@@ -308,18 +308,17 @@ class Branch:
         Returns:
             `[rows, h]`, or None where nothing before the post-norm wants a gradient.
         """
-        dy: Tensor | None = dz.to(self.weight.dtype)
+        dy = dz.to(self.weight.dtype)
         if self.p:
-            assert self.seed is not None and dy is not None
-            dy = dropout_rows_(
-                dz.to(self.weight.dtype, copy=True), self.seed, self.p, first_row, self.site
-            )
+            assert self.seed is not None
+            dy = dy.clone() if dy is dz else dy
+            dropout_rows_(dy, self.seed, self.p, first_row, self.site)
         if self.post is not None:
             assert projected is not None and statistics is not None
-            dy = self.post.backward(dy, projected, statistics, grads, needs.branch)
-        if not needs.branch or dy is None:
+            dprojected = self.post.backward(dy, projected, statistics, grads, needs.branch)
+            dy = dy if dprojected is None else dprojected.to(self.weight.dtype)
+        if not needs.branch:
             return None
-        dy = dy.to(self.weight.dtype)
         grads.rows(f"{self.name}.bias", dy)
         return dy
 

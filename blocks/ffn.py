@@ -139,44 +139,50 @@ class FFNHalf:
             stats = kept["ffn_norm_stats"][:, rows] if "ffn_norm_stats" in kept else None
             target = scratch[: rows.stop - rows.start]
             normed = preact = projected = post_stats = None
-            if rebuild or needs.projections:
-                assert part is not None
+            if part is not None and (rebuild or needs.projections):
                 normed = self._normed(part, stats)
-            if reads_preact:
-                preact = self.ups.forward(normed, target) if rebuild else kept["preact"][rows]
+            if normed is not None and rebuild:
+                preact = self.ups.forward(normed, target)
+            elif reads_preact:
+                preact = kept["preact"][rows]
             if post is not None:
                 post_stats = kept["ffn_post_norm_stats"][:, rows]
-                projected = kept["ffn_branch"][rows] if "ffn_branch" in kept else None
-                if projected is None:
-                    hidden = activation_forward(preact, spec.hidden_act, spec.gated)
-                    projected = self.branch.project(hidden)
+                projected = self._projected(rows, preact)
             dy = self.branch.backward(dz[rows], projected, post_stats, rows.start, needs, grads)
             if dy is None or preact is None:
                 continue
-            dpreact = self._backward_activation(dy, preact, target, needs, grads)
-            if dpreact is None:
+            if not self._backward_activation(dy, preact, target, needs, grads):
                 continue
-            self.ups.backward_weights(dpreact, normed if needs.projections else None, grads)
+            self.ups.backward_weights(target, normed if needs.projections else None, grads)
             if not (needs.input or needs.norm):
                 continue
-            dpart: Tensor | None = self.ups.backward_input(dpreact)
+            dpart: Tensor | None = self.ups.backward_input(target)
             if self.norm is not None:
+                assert dpart is not None and part is not None and stats is not None
                 dpart = self.norm.backward(dpart, part, stats, grads, needs.input)
-            if dmid is not None:
+            if dmid is not None and dpart is not None:
                 torch.add(dz[rows], dpart, out=dmid[rows])
         return dmid
 
+    def _projected(self, rows: slice, preact: Tensor | None) -> Tensor:
+        """What the post-norm read in a chunk: kept, or made from the pre-activation."""
+        if "ffn_branch" in self.kept:
+            return self.kept["ffn_branch"][rows]
+        assert preact is not None
+        hidden = activation_forward(preact, self.spec.hidden_act, self.spec.gated)
+        return self.branch.project(hidden)
+
     def _backward_activation(
         self, dy: Tensor, preact: Tensor, target: Tensor, needs: Needs, grads: WeightGrads
-    ) -> Tensor | None:
-        """Down projection and activation: the gradient of the pre-activation, in `target`."""
+    ) -> bool:
+        """Down projection and activation; whether `target` now holds preact's gradient."""
         spec = self.spec
         if not needs.inner:
             hidden = activation_forward(preact, spec.hidden_act, spec.gated)
             self.branch.backward_weight(dy, hidden, grads)
-            return None
+            return False
         dhidden = self.branch.backward_input(dy)
         hidden = activation_backward(dhidden, preact, spec.hidden_act, spec.gated, target)
         if needs.out:
             self.branch.backward_weight(dy, hidden, grads)
-        return target
+        return True

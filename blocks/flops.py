@@ -21,7 +21,8 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from backfuse.kernels.reference.attention import AttentionMask, core_flops, library_core
+from backfuse.kernels.reference.attention import library_core
+from backfuse.kernels.reference.explicit_attention import AttentionMask, score_flops
 
 from .keep import INPUT, block_reads, half_needs
 from .memory import check_sizes, wanted_set
@@ -113,7 +114,7 @@ def block_flops(
     )
     bias = torch.empty(0) if masked else None
     core = library_core(mask, dtype, torch.device(device), spec.head_dim, seq_len, bias)
-    scores = batch_size * core_flops(
+    scores = batch_size * score_flops(
         seq_len, list(lengths) if lengths else None, spec.q_size, mask, core is not None, masked
     )
     forward = qkv + 2 * scores + out + up + down

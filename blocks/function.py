@@ -58,7 +58,7 @@ class RecomputeFunction(torch.autograd.Function):
         return z.view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         """Rebuild what was dropped, and differentiate by hand."""
         if torch.is_grad_enabled():
             raise ValueError(
@@ -134,7 +134,7 @@ def _half(
     [parsed] = effective_policies([parsed])
     layer = Layer(parsed, tuple(weights), wanted_names(hidden_states, weights))
     job = HalfJob(call, layer, half)
-    return RecomputeFunction.apply(job, inputs, hidden_states, *weights.values())  # type: ignore
+    return RecomputeFunction.apply(job, inputs, hidden_states, *weights.values())
 
 
 def ffn(

@@ -103,15 +103,17 @@ class Reads(NamedTuple):
 
 def ffn_reads(spec: BlockSpec, policy: Policy, needs: Needs) -> Reads:
     """What the FFN half's backward reads; the half's input is named `mid` and counts as kept."""
-    read = set()
+    read: set[str] = set()
     if needs.inner or needs.out:
         read.add("preact")
     if spec.post_norm and needs.anything:
         read.add("ffn_branch")
+    kept: set[str] = set()
+    rebuilt: set[str] = set()
     if policy.keeps("preact"):
-        kept, rebuilt = read, set()
-    else:
-        kept, rebuilt = set(), read | {"preact"} if read else set()
+        kept = read
+    elif read:
+        rebuilt = read | {"preact"}
     normed = needs.projections or bool(rebuilt)
     if normed or (spec.pre_norm and (needs.input or needs.norm)):
         kept = kept | {"mid"} | ({"ffn_norm_stats"} if spec.pre_norm else set())
@@ -129,7 +131,8 @@ def attention_reads(spec: BlockSpec, policy: Policy, needs: Needs, read_mid: boo
         needs: what this half has to give.
         read_mid: whether the FFN half behind it reads `mid` again.
     """
-    kept, rebuilt = set(), set()
+    kept: set[str] = set()
+    rebuilt: set[str] = set()
 
     def read(name: str, action_of: str) -> bool:
         """Note that a tensor is read; whether it must be rebuilt."""

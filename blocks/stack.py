@@ -193,7 +193,8 @@ class BlockStack(nn.Module):
         first = 0
         for part in self._segments:
             last = first + layers_in(part)
-            layers, flat = [], []
+            layers: list[Layer] = []
+            flat: list[Tensor] = []
             for policy, named in zip(policies[first:last], weights[first:last], strict=True):
                 wanted = wanted_names(hidden_states, named)
                 if any(layer.wanted for layer in layers):

@@ -1,4 +1,4 @@
-"""kernels/reference/attention.py against an explicit fp64 softmax, under autograd."""
+"""kernels/reference/*attention.py against an explicit fp64 softmax, under autograd."""
 
 import pytest
 import torch
@@ -6,16 +6,18 @@ from families import assert_as_good_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backfuse.kernels.reference import attention as module
+from backfuse.kernels.reference import explicit_attention as module
 from backfuse.kernels.reference.attention import (
-    AttentionMask,
     attention_backward,
     attention_forward,
-    explicit_backward,
-    explicit_forward,
     library_core,
 )
 from backfuse.kernels.reference.dropout import dropout_mask
+from backfuse.kernels.reference.explicit_attention import (
+    AttentionMask,
+    explicit_backward,
+    explicit_forward,
+)
 
 
 def visible(tokens, mask, bounds):

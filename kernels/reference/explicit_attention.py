@@ -1,0 +1,255 @@
+"""Softmax attention written out, and its gradient from O and LSE.
+
+    S = scale * Q K^T    [S = cap * tanh(S / cap)]
+    P = exp(S - LSE)     O = (P o mask / (1 - p)) V
+
+    delta = rowsum(O o dO)       dP = (dO V^T) o mask / (1 - p)       dS = P o (dP - delta)
+    [dS *= 1 - tanh^2]     dQ = scale dS K     dK = scale dS^T Q     dV = (P o mask / (1 - p))^T dO
+
+| kept | recomputed | GEMMs |
+|---|---|---|
+| Q, K, V, O and LSE (fp32, one a row) | P, from LSE, block by block | forward 2, backward 5 |
+
+It walks over blocks of query rows and only the keys they can see, so its scratch is
+O(block * keys), whatever the mask. It does all there is: softcap, window, masks, dropout, packed
+sequences, any dtype. Rows that see no key give zeros, and zero gradients.
+
+Sources: Dao et al. 2022, Dao 2023.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .dropout import dropout_mask
+from .norm import accumulate_dtype
+
+#: Query rows that are worked on at a time.
+BLOCK = 256
+
+#: Query rows `[q0, q1)` and the keys `[k0, k1)` that they can see.
+Span = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """Which keys a query sees, and what happens to its scores.
+
+    Attributes:
+        causal: query i sees keys j <= i.
+        window: query i sees keys with |i - j| < window; None for all.
+        softcap: scores become `softcap * tanh(score / softcap)`; None for as they are.
+        scale: factor on the scores.
+        dropout: probability that a softmax weight is dropped.
+        site: which dropout of the block this is (see `dropout.py`).
+        max_seqlen: longest packed sequence, where the caller knows it.
+    """
+
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+    site: int = 0
+    max_seqlen: int | None = None
+
+
+def sequences(tokens: int, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
+    """The rows of each packed sequence, empty ones left out."""
+    bounds = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
+    return [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+
+
+def _blocks(start: int, stop: int, mask: AttentionMask, bias: Tensor | None) -> Iterator[Span]:
+    """Query rows `[q0, q1)` and the keys `[k0, k1)` they can see, within one sequence.
+
+    A bias says everything itself: with one, every key is visited.
+    """
+    for q0 in range(start, stop, BLOCK):
+        q1 = min(q0 + BLOCK, stop)
+        k0, k1 = start, stop
+        if bias is None:
+            if mask.causal:
+                k1 = q1
+            if mask.window is not None:
+                k0 = max(start, q0 - mask.window + 1)
+                k1 = min(k1, q1 + mask.window - 1)
+        yield q0, q1, k0, k1
+
+
+def score_flops(
+    tokens: int,
+    lengths: list[int] | None,
+    width: int,
+    mask: AttentionMask,
+    library: bool,
+    masked: bool,
+) -> int:
+    """Multiply-add FLOPs (two each) of `Q K^T` for one row of a batch, all heads.
+
+    Args:
+        tokens: rows.
+        lengths: lengths of the packed sequences, or None.
+        width: heads * head_dim.
+        mask: what is visible.
+        library: whether PyTorch's kernel is used: its formula counts every key, visible or not.
+        masked: whether a mask tensor is given.
+    """
+    if library:
+        return 2 * width * sum(n * n for n in lengths or [tokens])
+    pairs = 0
+    for n in lengths or [tokens]:
+        blocks = _blocks(0, n, mask, torch.empty(0) if masked else None)
+        pairs += sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1 in blocks)
+    return 2 * width * pairs
+
+
+def _visible(
+    q0: int, q1: int, k0: int, k1: int, mask: AttentionMask, device: torch.device
+) -> Tensor | None:
+    """bool `[rows, keys]`, or None where a block sees every key it visits."""
+    if not mask.causal and mask.window is None:
+        return None
+    distance = torch.arange(q0, q1, device=device).unsqueeze(1) - torch.arange(
+        k0, k1, device=device
+    )
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if mask.causal:
+        visible &= distance >= 0
+    if mask.window is not None:
+        visible &= distance.abs() < mask.window
+    return visible
+
+
+def _heads(x: Tensor, groups: int, high: torch.dtype) -> Tensor:
+    """`[batch, rows, heads, dim]` to `[batch, kv heads, groups * rows, dim]`, in the high dtype."""
+    return rearrange(x, "b t (h g) d -> b h (g t) d", g=groups).to(high)
+
+
+def _scores(
+    q: Tensor, k: Tensor, span: Span, mask: AttentionMask, bias: Tensor | None, groups: int
+) -> tuple[Tensor, Tensor | None]:
+    """Masked scores `[batch, kv heads, groups, rows, keys]` and tanh's value where softcapped."""
+    q0, q1, k0, k1 = span
+    scores = torch.matmul(q, k.transpose(-1, -2)).mul_(mask.scale)
+    scores = rearrange(scores, "b h (g t) s -> b h g t s", g=groups)
+    tanh = None
+    if mask.softcap is not None:
+        tanh = scores.div_(mask.softcap).tanh_()
+        scores = tanh * mask.softcap
+    if bias is not None:
+        part = bias[..., q0:q1, k0:k1]
+        # [batch or 1, heads or 1, rows, keys] beside [batch, kv heads, groups, rows, keys]
+        part = part.unsqueeze(2) if part.shape[1] == 1 else part.unflatten(1, (-1, groups))
+        if part.dtype == torch.bool:
+            scores = scores.masked_fill_(~part, float("-inf"))
+        else:
+            scores = scores.add_(part)
+    else:
+        visible = _visible(q0, q1, k0, k1, mask, q.device)
+        if visible is not None:
+            scores = scores.masked_fill_(~visible, float("-inf"))
+    return scores, tanh
+
+
+def _dropped(
+    shape: torch.Size, span: Span, mask: AttentionMask, seed: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The dropout mask of one block, scaled: `[batch, kv heads, groups, rows, keys]`."""
+    q0, q1, k0, k1 = span
+    kept = dropout_mask(
+        seed,
+        mask.dropout,
+        torch.arange(q0, q1, device=seed.device),
+        torch.arange(k0, k1, device=seed.device),
+        torch.arange(shape[0] * shape[1] * shape[2], device=seed.device),
+        mask.site,
+    )
+    return kept.view(shape).to(dtype).div_(1.0 - mask.dropout)
+
+
+def explicit_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention, block of rows by block of rows. Arguments and results as `attention_forward`."""
+    high, groups = accumulate_dtype(q.dtype), q.shape[2] // k.shape[2]
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.full(
+        (q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=high, device=q.device
+    )
+    for start, stop in sequences(q.shape[1], cu_seqlens):
+        for span in _blocks(start, stop, mask, bias):
+            q0, q1, k0, k1 = span
+            k_part = _heads(k[:, k0:k1], 1, high)
+            scores, _ = _scores(_heads(q[:, q0:q1], groups, high), k_part, span, mask, bias, groups)
+            row_lse = torch.logsumexp(scores, -1, keepdim=True)
+            weights = scores.sub_(row_lse.masked_fill(row_lse == float("-inf"), 0.0)).exp_()
+            if mask.dropout:
+                assert seed is not None
+                weights.mul_(_dropped(weights.shape, span, mask, seed, high))
+            weights = rearrange(weights, "b h g t s -> b h (g t) s")
+            part = torch.matmul(weights, _heads(v[:, k0:k1], 1, high))
+            out[:, q0:q1] = rearrange(part, "b h (g t) d -> b t (h g) d", g=groups)
+            lse[:, :, q0:q1] = rearrange(row_lse, "b h g t 1 -> b (h g) t")
+    return out, lse
+
+
+def explicit_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: AttentionMask,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v. Arguments and results as `attention_backward`."""
+    high, groups = accumulate_dtype(q.dtype), q.shape[2] // k.shape[2]
+    dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    dk = torch.zeros(k.shape, dtype=high, device=k.device)
+    dv = torch.zeros(v.shape, dtype=high, device=v.device)
+    for start, stop in sequences(q.shape[1], cu_seqlens):
+        for span in _blocks(start, stop, mask, bias):
+            q0, q1, k0, k1 = span
+            q_part, k_part = _heads(q[:, q0:q1], groups, high), _heads(k[:, k0:k1], 1, high)
+            scores, tanh = _scores(q_part, k_part, span, mask, bias, groups)
+            row_lse = rearrange(lse[:, :, q0:q1], "b (h g) t -> b h g t 1", g=groups)
+            weights = scores.sub_(row_lse.masked_fill(row_lse == float("-inf"), 0.0)).exp_()
+            do_part = _heads(dout[:, q0:q1], groups, high)
+            delta = (do_part * _heads(out[:, q0:q1], groups, high)).sum(-1, keepdim=True)
+            dweights = torch.matmul(do_part, _heads(v[:, k0:k1], 1, high).transpose(-1, -2))
+            dweights = rearrange(dweights, "b h (g t) s -> b h g t s", g=groups)
+            dropped = weights
+            if mask.dropout:
+                assert seed is not None
+                factor = _dropped(weights.shape, span, mask, seed, high)
+                dropped, dweights = weights * factor, dweights.mul_(factor)
+            dropped = rearrange(dropped, "b h g t s -> b h (g t) s")
+            dv[:, k0:k1] += rearrange(
+                torch.matmul(dropped.transpose(-1, -2), do_part), "b h s d -> b s h d"
+            )
+            delta = rearrange(delta, "b h (g t) 1 -> b h g t 1", g=groups)
+            dscores = dweights.sub_(delta).mul_(weights)
+            if tanh is not None:
+                dscores.mul_(1.0 - tanh.square())
+            dscores = rearrange(dscores.mul_(mask.scale), "b h g t s -> b h (g t) s")
+            dq_part = torch.matmul(dscores, k_part)
+            dq[:, q0:q1] = rearrange(dq_part, "b h (g t) d -> b t (h g) d", g=groups)
+            dk[:, k0:k1] += rearrange(
+                torch.matmul(dscores.transpose(-1, -2), q_part), "b h s d -> b s h d"
+            )
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
