@@ -1,4 +1,4 @@
-"""Bytes and seconds: what a forward holds for its backward, how high a step peaks, how long it runs.
+"""Bytes and seconds: what a forward holds for backward, how high a step peaks, how long it runs.
 
 Two ways to count bytes, because neither sees everything:
 
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -120,7 +121,11 @@ class Allocations:
 
 
 def allocator_trace(call: Callable[[], Any], device: torch.device | str = "cpu") -> Allocations:
-    """Runs `call` once and returns what the allocator of `device` saw."""
+    """Runs `call` once and returns what the allocator of `device` saw.
+
+    `call` should free nothing that was there before: on CUDA that would count against the peak,
+    on a CPU the profiler does not know its size and leaves it out.
+    """
     device = torch.device(device)
     gc.collect()
     if device.type == "cuda":
@@ -134,10 +139,11 @@ def allocator_trace(call: Callable[[], Any], device: torch.device | str = "cpu")
     finally:
         with _silent_stderr():
             profiler.__exit__(None, None, None)
+    trace: Any = profiler.kineto_results
     events = [
         event
-        for event in profiler.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
+        for event in trace.events()
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
     ]
     current = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -182,7 +188,7 @@ def _cuda_trace(call: Callable[[], Any], device: torch.device) -> Allocations:
 def held_bytes(
     call: Callable[..., Tensor], *inputs: Tensor, device: torch.device | str = "cpu"
 ) -> int:
-    """As `kept_bytes_measured`, but by `allocator_trace`: compiled code and RNG states count too."""
+    """Like `kept_bytes_measured`, by `allocator_trace`: compiled code and RNG states count too."""
     return allocator_trace(lambda: _graph_of(call, inputs), device).live_bytes
 
 

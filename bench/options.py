@@ -37,8 +37,8 @@ def require(module: str) -> Any:
 
 
 def progress_bar(**options: Any) -> Any:
-    """A tqdm bar on standard error, gone when it is done."""
-    return require("tqdm").tqdm(leave=False, dynamic_ncols=True, **options)
+    """A tqdm bar on standard error, gone when it is done; none where that is no terminal."""
+    return require("tqdm").tqdm(leave=False, dynamic_ncols=True, disable=None, **options)
 
 
 def check_positive(name: str, value: int) -> None:

@@ -17,6 +17,12 @@ FAMILIES: dict[str, tuple[str, str, bool]] = {
     "plain PyTorch": ("#444444", "D", False),
 }
 
+LABELS = {
+    "checkpoint": "default",
+    "sac-attention": "save attention",
+    "sac-every-2nd-mm": "save every 2nd matmul",
+}
+
 
 @dataclass(frozen=True)
 class Point:
@@ -44,7 +50,9 @@ class Point:
     @property
     def label(self) -> str:
         """The name without what the legend says already."""
-        return self.name.removeprefix("backfuse ").replace("compile-", "budget ")
+        return LABELS.get(self.name) or self.name.removeprefix("backfuse ").replace(
+            "compile-", "budget "
+        )
 
 
 def tradeoff(
@@ -68,20 +76,22 @@ def tradeoff(
     ticker = require("matplotlib.ticker")
 
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150, layout="constrained")
+    lines = []
     for family, (colour, marker, joined) in FAMILIES.items():
         members = sorted((p for p in points if p.family == family), key=lambda p: p.held)
-        if members:
-            axes.plot(
-                [point.held for point in members],
-                [point.time for point in members],
-                color=colour,
-                marker=marker,
-                markersize=7,
-                linewidth=1.2 if joined else 0,
-                linestyle="-" if family == "backfuse" else ":",
-                label=family,
-                zorder=3 if family == "backfuse" else 2,
-            )
+        if not members:
+            continue
+        lines += axes.plot(
+            [point.held for point in members],
+            [point.time for point in members],
+            color=colour,
+            marker=marker,
+            markersize=7,
+            linewidth=1.2 if joined else 0,
+            linestyle="-" if family == "backfuse" else ":",
+            label=family,
+            zorder=3 if family == "backfuse" else 2,
+        )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.margins(x=0.12, y=0.16)
@@ -91,50 +101,52 @@ def tradeoff(
         axes.spines[side].set_visible(False)
     axes.set_xlabel("held for backward, KiB per token and layer (log scale)")
     axes.set_ylabel(time_label)
-    figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold")
-    axes.set_title(subtitle, loc="left", fontsize=8.5, color="#555555")
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=22)
+    axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=8.5, color="#555555")
     axes.legend(frameon=False, fontsize=9)
-    _label(figure, axes, points)
+    _label(figure, axes, points, lines)
     figure.savefig(path)
     pyplot.close(figure)
 
 
-def _label(figure: Any, axes: Any, points: Sequence[Point]) -> None:
-    """Writes each point's label where it covers neither a marker nor another label."""
+def _label(figure: Any, axes: Any, points: Sequence[Point], lines: Sequence[Any]) -> None:
+    """Writes each point's label where it covers no marker and no label, and hardly a line."""
     transforms = require("matplotlib.transforms")
     figure.canvas.draw()
-    scale = figure.dpi / 72
+    pixels = figure.dpi / 72
     markers = [axes.transData.transform((point.held, point.time)) for point in points]
-    taken = [transforms.Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in markers]
+    half = 5 * pixels
+    taken = [transforms.Bbox([[x - half, y - half], [x + half, y + half]]) for x, y in markers]
     taken.append(axes.get_legend().get_window_extent())
+    paths = [axes.transData.transform_path(line.get_path()) for line in lines]
     frame = axes.get_window_extent()
-    # Points of type away from the marker, the nearest places first.
+    # In points of type, the nearest places first.
     places = [
         (dx * reach, dy * reach)
-        for reach in (1, 1.6, 2.3, 3.1, 4)
-        for dx, dy in ((0, 11), (0, -11), (9, 6), (-9, 6), (9, -6), (-9, -6), (11, 0), (-11, 0))
+        for reach in (1, 1.7, 2.5, 3.4)
+        for dx, dy in ((0, 8), (0, -8), (8, 5), (-8, 5), (8, -5), (-8, -5), (9, 0), (-9, 0))
     ]
-    for point in sorted(points, key=lambda point: (point.held, point.time)):
-        for dx, dy in places:
-            text = axes.annotate(
-                point.label,
-                (point.held, point.time),
-                xytext=(dx, dy),
-                textcoords="offset points",
-                ha="center" if dx == 0 else "left" if dx > 0 else "right",
-                va="center" if dy == 0 or dx else "bottom" if dy > 0 else "top",
-                fontsize=9,
-                color=FAMILIES[point.family][0],
-                arrowprops=(
-                    {"arrowstyle": "-", "color": "#b0b0b0", "linewidth": 0.6, "shrinkB": 4}
-                    if max(abs(dx), abs(dy)) > 15
-                    else None
-                ),
-            )
-            box = text.get_window_extent().padded(1.5 * scale)
-            inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
-            if inside and not any(box.overlaps(other) for other in taken):
-                break
-            if (dx, dy) != places[-1]:
-                text.remove()
-        taken.append(box)
+    for point in points:
+        text = axes.annotate(
+            point.label,
+            (point.held, point.time),
+            textcoords="offset points",
+            xytext=(0, 0),
+            fontsize=9,
+            color=FAMILIES[point.family][0],
+            zorder=4,
+        )
+
+        def put(dx: float, dy: float, text: Any = text) -> Any:
+            text.set_position((dx, dy))
+            text.set_ha("center" if dx == 0 else "left" if dx > 0 else "right")
+            text.set_va("center" if dx else "bottom" if dy > 0 else "top")
+            return text.get_window_extent().padded(pixels)
+
+        def badness(place: tuple[float, float]) -> tuple[bool, int]:
+            box = put(*place)
+            outside = not (frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1))
+            covers = outside or any(box.overlaps(other) for other in taken)
+            return covers, sum(path.intersects_bbox(box, filled=False) for path in paths)
+
+        taken.append(put(*min(places, key=badness)))

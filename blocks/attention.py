@@ -239,6 +239,7 @@ class AttentionHalf:
             seed=self.inputs.seed,
         )
         del dout
+        self._heads = None  # roped q and k are not read again
         return self._backward_qkv(dmid, dheads, needs, grads)
 
     def _backward_qkv(

@@ -57,7 +57,7 @@ class TransformerBlock(nn.Module):
         policy: a name (`keep`, `selective`, `lean`, `full`), a mapping from activations to
             actions, or a `Policy`.
         chunk_size: tokens that the FFN and the projections work on at a time; None: the device's
-            default (512 on a CPU, 4,096 on a GPU). It bounds the scratch of a pass.
+            default (1,024 on a CPU, 4,096 on a GPU). It bounds the scratch of a pass.
         device: of the parameters.
         dtype: of the parameters.
 

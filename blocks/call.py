@@ -20,6 +20,7 @@ from backfuse.kernels.reference.linear import (
     accumulate_outer,
     linear,
     linear_backward_input,
+    matmul_transposed,
 )
 from backfuse.kernels.reference.norm import (
     accumulate_dtype,
@@ -33,7 +34,7 @@ from .spec import BlockSpec
 
 #: Tokens a chunk, by device type. A CPU wants the chunk's scratch in its caches; a GPU wants
 #: GEMMs large enough to fill it.
-CHUNK_SIZE = {"cpu": 512, "cuda": 4096}
+CHUNK_SIZE = {"cpu": 1024, "cuda": 4096}
 
 #: Numbers of the dropouts of a block, for the counter (see `dropout.py`).
 SITES = {"scores": 0, "attn": 1, "ffn": 2}
@@ -248,8 +249,7 @@ class Branch:
 
     def project(self, x: Tensor) -> Tensor:
         """`x W^T + b`, `[rows, h]`."""
-        out = x.new_empty(x.shape[0], self.weight.shape[0])
-        return linear(x, [self.weight], [self.bias], out)
+        return matmul_transposed(x, self.weight, self.bias)
 
     def forward(self, residual: Tensor, x: Tensor, first_row: int, out: Tensor) -> None:
         """Write the half's output for some rows, where no norm follows the projection.
@@ -260,12 +260,7 @@ class Branch:
             first_row: number of the first row.
             out: `[rows, h]`, written.
         """
-        if self.p or residual.dtype != x.dtype:
-            self.add(residual, self.project(x), None, first_row, out)
-            return
-        torch.addmm(residual, x, self.weight.t(), out=out)
-        if self.bias is not None:
-            out.add_(self.bias)
+        self.add(residual, self.project(x), None, first_row, out)
 
     def add(
         self,
@@ -328,4 +323,4 @@ class Branch:
 
     def backward_input(self, dy: Tensor, out: Tensor | None = None) -> Tensor:
         """`dy W`, `[rows, in]`, in `out` where that is given."""
-        return torch.mm(dy, self.weight, out=out)
+        return matmul_transposed(dy, self.weight.t(), out=out)

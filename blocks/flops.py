@@ -4,7 +4,8 @@ Counted as `torch.utils.flop_counter.FlopCounterMode` counts them, two a multipl
 attention, nothing elementwise. PyTorch's own attention kernels are counted by its formula, which
 does not see causality; the explicit path is counted by the blocks it visits.
 
-Importing this module gives PyTorch the formulas it lacks for its CPU flash attention.
+Importing this module gives PyTorch the formulas it lacks: for its CPU flash attention, and for
+oneDNN's linear layer.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ def _register() -> None:
     @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
     def backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
         return sdpa_backward_flop_count(grad, q, k, v)
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def linear(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+        return 2 * x[0] * x[1] * weight[0]
 
 
 _register()

@@ -1,7 +1,7 @@
 """Bytes and seconds are measured right, the rivals are what they say, the benchmark runs."""
 
+import dataclasses
 import gc
-import importlib.util
 import shutil
 
 import pandas as pd
@@ -156,7 +156,7 @@ def test_allocator_trace():
 
 def test_allocator_trace_leaves_out_what_was_there():
     there = torch.ones(1_000_000)
-    trace = measure.allocator_trace(lambda: there * 2)
+    trace = measure.allocator_trace(there.neg)
     assert trace == measure.Allocations(peak_bytes=4_000_000, live_bytes=4_000_000)
 
 
@@ -301,8 +301,8 @@ def test_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert rivals.missing("checkpoint") is None
     assert "C++ compiler" in rivals.missing("compile-0.5")
-    setup = block.Setup(2, H, FF, HEADS, device="cpu", providers=("compile-0.5",))
-    results = block.Results(setup)
+    setup = block_results.Setup(2, H, FF, HEADS, device="cpu", providers=("compile-0.5",))
+    results = block_results.Results(setup)
     assert [name for name, _ in block.build(setup, results)] == ["plain"]
     assert any(note.startswith("compile-0.5 left out") for note in results.notes)
 
@@ -353,7 +353,7 @@ def test_wrong_gradients_are_noted(monkeypatch):
         return lambda x, tables: run(x, tables) / 2
 
     monkeypatch.setitem(rivals.RIVALS, "checkpoint", half)
-    setup = block.Setup(
+    setup = block_results.Setup(
         1, H, FF, HEADS, seq_len=8, rounds=1, device="cpu", providers=("checkpoint",)
     )
     results = block.bench(setup)
@@ -383,6 +383,14 @@ def test_bad_options_are_one_line_and_exit_2(args, words, capsys):
     assert len(lines) == 1 and lines[0].startswith("backfuse: error: ")
     for word in words:
         assert word in lines[0]
+
+
+def test_defaults_of_the_command_are_the_setups():
+    options = vars(cli._parser().parse_args(["bench", "block"]))
+    defaults = dataclasses.asdict(block_results.Setup())
+    for name, value in options.items():
+        if value is not None and name in defaults:
+            assert value == defaults[name], name
 
 
 def test_missing_package_is_named(monkeypatch, capsys):
@@ -416,4 +424,3 @@ def test_labels_do_not_overlap(tmp_path):
     points = [Point(name, 2.0 + i / 10, 1.0 + i / 50) for i, name in enumerate(rivals.RIVALS)]
     tradeoff(points, tmp_path / "a.png", title="t", subtitle="s", time_label="time")
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    assert importlib.util.find_spec("matplotlib")

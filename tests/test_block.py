@@ -348,3 +348,41 @@ def test_parameters_start_as_a_residual_identity_would():
     assert all((p == 1).all() for n, p in block.named_parameters() if n.endswith("norm.weight"))
     assert all((p == 0).all() for n, p in block.named_parameters() if n.endswith("bias"))
     assert abs(block.mlp.up_proj.weight.std().item() - 0.02) < 0.002
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_scratch_does_not_grow_with_the_tokens(policy):
+    """Of the FFN's width: one chunk of it, in either pass."""
+    from backfuse.bench.measure import allocator_trace
+
+    spec = BlockSpec(16, 1024, 2)
+    weights = {n: p.detach() for n, p in make_block(spec).named_parameters()}
+
+    def transient(tokens):
+        x = torch.randn(1, tokens, 16, requires_grad=True)
+        narrow = 8 * tokens * 16 * 4  # a few tensors of the residual stream
+        trace = allocator_trace(
+            lambda: ffn(x, weights, spec, policy, chunk_size=64).sum().backward()
+        )
+        return trace.peak_bytes - narrow
+
+    chunk = 64 * 2 * 1024 * 4  # gate and up of one chunk
+    assert transient(4096) < 6 * chunk < 4096 * 1024 * 4
+
+
+@pytest.mark.gpu
+def test_all_policies_give_the_same_bits_on_cuda(monkeypatch):
+    """PyTorch's own attention backward is deterministic only where that is asked for."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    spec = BlockSpec(256, 704, 4, 2)
+    x, grad = make_input(spec, seq_len=300, dtype=torch.bfloat16)
+    x, grad = x.detach().cuda().requires_grad_(), grad.cuda()
+    block = make_block(spec, dtype=torch.bfloat16).cuda()
+    torch.use_deterministic_algorithms(True)
+    try:
+        expected = results(block, x, grad)
+        for policy in POLICIES:
+            block.policy = policy
+            assert same_bits(results(block, x, grad), expected), policy
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -72,7 +72,10 @@ def test_interrupted_before_the_first_step(tmp_path, text, monkeypatch):
 
     monkeypatch.setattr(demo.Trainee, "examine", interrupted)
     assert cli.main(["demo", *TINY, "--data", str(text), "--out", str(tmp_path)]) == 130
-    assert len(pd.read_csv(tmp_path / "summary.csv")) == len(NAMES)
+    frame = pd.read_csv(tmp_path / "summary.csv")
+    assert len(frame) == len(NAMES)
+    # Nothing was measured, and nothing claims to be.
+    assert frame.drop(columns=["policy", "kept_kib_predicted"]).isna().all(axis=None)
     assert not (tmp_path / "memory-vs-time.png").exists()
 
 
@@ -99,6 +102,12 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, text, capsys):
     assert "steps is 0" in refused(capsys, *out, "--steps", "0")
     assert "hidden_size is 33" in refused(capsys, *out, "--hidden-size", "33")
     assert "device is 'abacus'" in refused(capsys, *out, "--device", "abacus")
+
+
+def test_defaults_of_the_command_are_the_settings():
+    options = vars(cli._parser().parse_args(["demo"]))
+    del options["run"]
+    assert demo.Settings(**options) == demo.Settings()
 
 
 def test_standard_library_is_deterministic_and_without_tests():

@@ -11,6 +11,7 @@ SwiGLU and GeGLU: Shazeer 2020. ReLU^2: So et al. 2021 (Primer).
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,19 +24,19 @@ def _relu2(x: Tensor) -> Tensor:
     return F.relu(x).square_()
 
 
-def _relu2_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return grad * F.relu(x).mul_(2)
+def _relu2_backward(grad: Tensor, x: Tensor, *, grad_input: Tensor) -> Tensor:
+    return torch.mul(grad, F.relu(x).mul_(2), out=grad_input)
 
 
-#: name -> (act(x), d(act)(grad, x)), each giving a fresh tensor.
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "silu": (F.silu, aten.silu_backward),
-    "gelu": (F.gelu, aten.gelu_backward),
+#: name -> (act(x), fresh; and grad * act'(x), written to `grad_input`, which may be grad or x).
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]] = {
+    "silu": (F.silu, aten.silu_backward.grad_input),
+    "gelu": (F.gelu, aten.gelu_backward.grad_input),
     "gelu_tanh": (
-        lambda x: F.gelu(x, approximate="tanh"),
-        lambda grad, x: aten.gelu_backward(grad, x, approximate="tanh"),
+        partial(F.gelu, approximate="tanh"),
+        partial(aten.gelu_backward.grad_input, approximate="tanh"),
     ),
-    "relu": (F.relu, lambda grad, x: aten.threshold_backward(grad, x, 0)),
+    "relu": (F.relu, partial(aten.threshold_backward.grad_input, threshold=0)),
     "relu2": (_relu2, _relu2_backward),
 }
 
@@ -76,7 +77,7 @@ def activation_backward(
     act, act_backward = ACTIVATIONS[kind]
     if not gated:
         hidden = act(preact)
-        out.copy_(act_backward(dhidden, preact))
+        act_backward(dhidden, preact, grad_input=out)
         return hidden
     gate, up = preact.chunk(2, -1)
     d_gate, d_up = out.chunk(2, -1)
@@ -84,6 +85,6 @@ def activation_backward(
     hidden = activated * up
     activated.mul_(dhidden)
     dhidden.mul_(up)
-    d_gate.copy_(act_backward(dhidden, gate))
+    act_backward(dhidden, gate, grad_input=d_gate)
     d_up.copy_(activated)
     return hidden

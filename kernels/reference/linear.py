@@ -13,9 +13,41 @@ import torch
 from torch import Tensor
 
 
-def _columns(buffer: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """The slice of `buffer` that belongs to each weight."""
-    return list(buffer.split([w.shape[0] for w in weights], -1))
+def _onednn(x: Tensor) -> bool:
+    """Whether oneDNN's fp32 GEMM is to be used, which PyTorch's `mm` does not choose on a CPU.
+
+    On the machines measured it is some 10 % faster than the default at a chunk's sizes (200
+    against 180 GFLOP/s on two AVX-512 cores). It has no output argument, and transposed left
+    operands are slow in it: weight gradients stay with `mm`.
+    """
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+    )
+
+
+def matmul_transposed(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """`x W^T + b`.
+
+    Args:
+        x: `[rows, in]`.
+        weight: `[out, in]`, any strides, in x's dtype.
+        bias: `[out]` or None.
+        out: `[rows, out]`, written; None for a fresh tensor.
+
+    Returns:
+        `out`, or the fresh tensor.
+    """
+    if _onednn(x):
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return y if out is None else out.copy_(y)
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
 
 
 def linear(
@@ -32,20 +64,21 @@ def linear(
     Returns:
         `out`.
     """
-    for columns, weight, bias in zip(_columns(out, weights), weights, biases, strict=True):
-        if bias is None:
-            torch.mm(x, weight.t(), out=columns)
-        else:
-            torch.addmm(bias, x, weight.t(), out=columns)
+    parts = out.split([w.shape[0] for w in weights], -1)
+    for part, weight, bias in zip(parts, weights, biases, strict=True):
+        matmul_transposed(x, weight, bias, part)
     return out
 
 
 def linear_backward_input(dy: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """The gradient of the input, `[rows, in]`, fresh: the sum of `dy_i W_i`."""
-    first, *others = zip(_columns(dy, weights), weights, strict=True)
-    dx = torch.mm(*first)
-    for columns, weight in others:
-        dx = torch.addmm(dx, columns, weight, out=dx)
+    first, *others = zip(dy.split([w.shape[0] for w in weights], -1), weights, strict=True)
+    dx = matmul_transposed(first[0], first[1].t())
+    for part, weight in others:
+        if _onednn(dy):
+            dx.add_(matmul_transposed(part, weight.t()))
+        else:
+            torch.addmm(dx, part, weight, out=dx)
     return dx
 
 

@@ -106,13 +106,13 @@ def _add_bench_block(subjects: argparse._SubParsersAction[argparse.ArgumentParse
 
 
 def _bench_block(args: argparse.Namespace) -> int:
-    from backfuse.bench import block
+    from backfuse.bench import block, block_results
 
     options = {name: value for name, value in vars(args).items() if name != "run"}
     outputs = {name: options.pop(name) for name in ("csv", "plot", "threads")}
     names = {"provider": "providers", "policy": "policies"}
     setup = {names.get(name, name): value for name, value in options.items() if value is not None}
-    return block.run(block.Setup(**setup), **outputs)
+    return block.run(block_results.Setup(**setup), **outputs)
 
 
 def _names(text: str) -> tuple[str, ...]:
