@@ -20,8 +20,13 @@ from einops import rearrange
 from torch import Tensor
 
 from backfuse.kernels.reference.attention import attention_backward, attention_forward
-from backfuse.kernels.reference.norm import norm_apply, norm_backward, norm_statistics
-from backfuse.kernels.reference.rope import rope
+from backfuse.kernels.reference.norm import (
+    accumulate_dtype,
+    norm_apply,
+    norm_backward,
+    norm_statistics,
+)
+from backfuse.kernels.reference.rope import rope, rope_cos_sin
 
 from .call import Branch, Call, Inputs, NormUse, Projections, WeightGrads, Weights
 from .keep import Needs
@@ -118,9 +123,27 @@ class AttentionHalf:
         if self.spec.rope is None:
             return None
         cos, sin = self.inputs.cos, self.inputs.sin
-        assert cos is not None and sin is not None
+        if cos is None or sin is None:
+            cos, sin = self._default_angles()
         shape = (self.call.batch_size, -1, -1)
         return cos.expand(shape).flatten(0, 1), sin.expand(shape).flatten(0, 1)
+
+    def _default_angles(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions that count from 0 in each sequence: made anew, never kept."""
+        call, cu_seqlens = self.call, self.inputs.cu_seqlens
+        assert self.spec.rope is not None and self.spec.rope_theta is not None
+        positions = torch.arange(call.seq_len, device=self.qkv.weights[0].device)
+        if cu_seqlens is not None:
+            sequence = torch.searchsorted(cu_seqlens, positions, right=True) - 1
+            positions = positions - cu_seqlens[sequence]
+        cos, sin = rope_cos_sin(
+            positions,
+            self.spec.rotary_dim,
+            self.spec.rope_theta,
+            layout=self.spec.rope,
+            dtype=accumulate_dtype(call.compute_dtype),
+        )
+        return cos.unsqueeze(0), sin.unsqueeze(0)
 
     def _qk_parts(self, qk: Tensor) -> list[tuple[str, Tensor]]:
         """q and k of some rows, with their names."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .function import RecomputeFunction
+from .function import run_job
 from .inputs import check_chunk_size, check_weights, prepare
 from .policy import Policy, PolicyLike
 from .replay import effective_policies
@@ -28,9 +28,16 @@ class Norm(nn.Module):
 
     def __init__(self, width: int, bias: bool, offset: float, device: Any, dtype: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset, device=device, dtype=dtype))
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(width, device=device, dtype=dtype))
+        self.offset = offset
+        self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(width, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The identity: a weight of 1 in use, no bias."""
+        nn.init.constant_(self.weight, 1.0 - self.offset)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 def parameter_modules(spec: BlockSpec, device: Any, dtype: Any) -> dict[str, nn.Module]:
@@ -76,6 +83,8 @@ class TransformerBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(spec, BlockSpec):
+            raise TypeError(f"spec is {spec!r}, expected a BlockSpec")
         self.spec = spec
         self.policy = policy
         self.chunk_size = check_chunk_size(chunk_size)
@@ -106,13 +115,29 @@ class TransformerBlock(nn.Module):
     def reset_parameters(self) -> None:
         """Projections from N(0, 0.02), biases 0, norms the identity."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, Norm):
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by name, in the spec's order."""
+        """The parameters by name, in the spec's order.
+
+        Raises:
+            TypeError: if something else stands in a projection's place (an adapter, a
+                parametrisation, a quantised layer): the block reads weights, and would silently
+                drop whatever else that module does.
+        """
+        for name in self._names:
+            path = name.rpartition(".")[0]
+            module = self.get_submodule(path)
+            if type(module) not in (nn.Linear, Norm):
+                raise TypeError(
+                    f"{path} is a {type(module).__name__}, expected a plain torch.nn.Linear or the "
+                    "block's own norm: a block reads its weight and would drop what else it does"
+                )
         return {name: self.get_parameter(name) for name in self._names}
 
     def forward(
@@ -155,11 +180,10 @@ class TransformerBlock(nn.Module):
             chunk_size=self.chunk_size,
         )
         weights = check_weights(self.weights(), self.spec.parameters(), hidden_states)
-        [policy] = effective_policies([self.policy])
+        [policy] = effective_policies([self.policy]) or [Policy()]
         layer = Layer(policy, self._names, wanted_names(hidden_states, weights))
         job = RunJob(call, (layer,), 0)
-        out: Tensor = RecomputeFunction.apply(job, inputs, hidden_states, *weights.values())
-        return out
+        return run_job(job, inputs, hidden_states, list(weights.values()))
 
     def extra_repr(self) -> str:
         """The policy, for `print(model)`."""

@@ -105,6 +105,12 @@ def block_flops(
     """
     check_sizes(batch_size, seq_len)
     parsed = Policy.parse(policy)
+    parsed.check_available()
+    if lengths is not None and (batch_size != 1 or min(lengths) < 0 or sum(lengths) != seq_len):
+        raise ValueError(
+            f"lengths is {list(lengths)} with a batch_size of {batch_size}, expected lengths that "
+            f"add up to seq_len ({seq_len}) and a batch_size of 1"
+        )
     wanted = wanted_set(spec, requires_grad)
     tokens = batch_size * seq_len
     qkv = 2 * tokens * spec.hidden_size * spec.qkv_size

@@ -47,15 +47,12 @@ class RecomputeFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, job: Job, inputs: Inputs, x: Tensor, *weights: Tensor) -> Tensor:
-        """`x` is `[batch, seq_len, h]`, and so is the result."""
+        """`x` is `[tokens, h]`, and so is the result."""
         with torch.autocast(x.device.type, enabled=False):
-            z, kept = job.forward(x.reshape(-1, x.shape[-1]), weights, inputs)
+            z, kept = job.forward(x, weights, inputs)
         ctx.job, ctx.names = job, list(kept)
-        if kept:
-            ctx.save_for_backward(*inputs, *weights, *kept.values())
-        else:
-            ctx.save_for_backward(*[None] * len(inputs), *weights)
-        return z.view(x.shape)
+        ctx.save_for_backward(*inputs, *weights, *kept.values())
+        return z
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
@@ -72,9 +69,19 @@ class RecomputeFunction(torch.autograd.Function):
         kept = dict(zip(ctx.names, saved[split:], strict=True))
         with torch.autocast(dz.device.type, enabled=False):
             dx, grads = job.backward(
-                dz.reshape(-1, dz.shape[-1]), saved[count:split], Inputs(*saved[:count]), kept
+                dz.contiguous(), saved[count:split], Inputs(*saved[:count]), kept
             )
-        return None, None, None if dx is None else dx.view(dz.shape), *grads
+        return None, None, dx, *grads
+
+
+def run_job(job: Job, inputs: Inputs, hidden_states: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Run a job on `[batch, seq_len, h]`.
+
+    The reshaping stands outside the autograd function: its result is then no view made inside
+    it, and may be changed in place as any layer's.
+    """
+    z = RecomputeFunction.apply(job, inputs, hidden_states.flatten(0, 1), *weights)
+    return z.view(hidden_states.shape)
 
 
 @dataclass(frozen=True)
@@ -131,10 +138,10 @@ def _half(
     parsed.check_available()
     call, inputs = prepare(spec, hidden_states, attention=half == "attn", **options)
     weights = check_weights(weights, shapes, hidden_states)
-    [parsed] = effective_policies([parsed])
+    [parsed] = effective_policies([parsed]) or [Policy()]
     layer = Layer(parsed, tuple(weights), wanted_names(hidden_states, weights))
     job = HalfJob(call, layer, half)
-    return RecomputeFunction.apply(job, inputs, hidden_states, *weights.values())
+    return run_job(job, inputs, hidden_states, list(weights.values()))
 
 
 def ffn(

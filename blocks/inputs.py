@@ -7,8 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from backfuse.kernels.reference.rope import rope_cos_sin
-
 from .call import CHUNK_SIZE, Call, Inputs
 from .spec import BlockSpec
 
@@ -43,6 +41,8 @@ def check_weights(
         if name not in weights:
             raise ValueError(f"weights lack {name!r}, expected a tensor of shape {list(shape)}")
         weight = weights[name]
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name} is {weight!r}, expected a tensor of shape {list(shape)}")
         if tuple(weight.shape) != shape:
             raise ValueError(f"{name} is {_described(weight)}, expected the shape {list(shape)}")
         if weight.device != x.device:
@@ -74,7 +74,7 @@ def check_hidden_states(x: object, spec: BlockSpec) -> Tensor:
     return x
 
 
-def _check_cu_seqlens(cu_seqlens: object, x: Tensor) -> Tensor:
+def _check_cu_seqlens(cu_seqlens: object, max_seqlen: int | None, x: Tensor) -> Tensor:
     tokens = x.shape[0] * x.shape[1]
     if (
         not isinstance(cu_seqlens, Tensor)
@@ -94,13 +94,18 @@ def _check_cu_seqlens(cu_seqlens: object, x: Tensor) -> Tensor:
             f"cu_seqlens is on {cu_seqlens.device}, expected the device of hidden_states "
             f"({x.device})"
         )
-    # Reading offsets from a GPU would make every call wait for it.
-    if cu_seqlens.is_cpu:
+    # Reading offsets from a GPU makes the call wait for it, which max_seqlen is there to spare.
+    if cu_seqlens.is_cpu or max_seqlen is None:
         offsets = cu_seqlens.tolist()
         if not offsets or offsets[0] != 0 or offsets[-1] != tokens or offsets != sorted(offsets):
             raise ValueError(
                 f"cu_seqlens is {offsets}, expected offsets that rise from 0 to the number of "
                 f"tokens ({tokens})"
+            )
+        longest = max(b - a for a, b in zip(offsets, offsets[1:], strict=False))
+        if max_seqlen is not None and max_seqlen < longest:
+            raise ValueError(
+                f"max_seqlen is {max_seqlen}, expected at least the longest sequence ({longest})"
             )
     return cu_seqlens
 
@@ -132,7 +137,7 @@ def _check_mask(mask: object, spec: BlockSpec, x: Tensor) -> Tensor:
 
 
 def _position_embeddings(
-    given: tuple[Tensor, Tensor] | None, spec: BlockSpec, x: Tensor, cu_seqlens: Tensor | None
+    given: tuple[Tensor, Tensor] | None, spec: BlockSpec, x: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     if spec.rope is None:
         return None, None
@@ -143,14 +148,7 @@ def _position_embeddings(
                 "position_embeddings is None, expected (cos, sin): this spec has no rope_theta to "
                 "compute them from"
             )
-        positions = torch.arange(seq_len, device=x.device)
-        if cu_seqlens is not None:
-            sequence = torch.searchsorted(cu_seqlens, positions, right=True) - 1
-            positions = positions - cu_seqlens[sequence]
-        cos, sin = rope_cos_sin(
-            positions, spec.rotary_dim, spec.rope_theta, layout=spec.rope, dtype=x.dtype
-        )
-        return cos.unsqueeze(0), sin.unsqueeze(0)
+        return None, None
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise TypeError(
             f"position_embeddings is a {type(given).__name__}, expected a pair (cos, sin)"
@@ -216,16 +214,22 @@ def prepare(
     x = check_hidden_states(hidden_states, spec)
     if attention_mask is not None and cu_seqlens is not None:
         raise ValueError("attention_mask and cu_seqlens are both given, expected one of them")
+    if max_seqlen is not None and (
+        cu_seqlens is None or not isinstance(max_seqlen, int) or max_seqlen < 1
+    ):
+        raise ValueError(
+            f"max_seqlen is {max_seqlen!r}, expected a positive integer, together with cu_seqlens"
+        )
     chunk_size = check_chunk_size(chunk_size)
     if chunk_size is None:
         chunk_size = CHUNK_SIZE.get(x.device.type, CHUNK_SIZE["cuda"])
     cos = sin = None
     if attention:
         if cu_seqlens is not None:
-            cu_seqlens = _check_cu_seqlens(cu_seqlens, x)
+            cu_seqlens = _check_cu_seqlens(cu_seqlens, max_seqlen, x)
         if attention_mask is not None:
             attention_mask = _check_mask(attention_mask, spec, x)
-        cos, sin = _position_embeddings(position_embeddings, spec, x, cu_seqlens)
+        cos, sin = _position_embeddings(position_embeddings, spec, x)
     dropout = training and (spec.residual_dropout > 0 or (attention and spec.attention_dropout > 0))
     seed = None
     if dropout:

@@ -32,10 +32,15 @@ def inside_checkpoint() -> bool:
     return bool(hooks) and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
-def effective_policies(policies: list[Policy]) -> list[Policy]:
-    """The policies to run under: `keep` inside somebody else's checkpoint, else as they are."""
+def effective_policies(policies: list[Policy], segments: bool = False) -> list[Policy] | None:
+    """The policies to run under, or None where all layers are to keep everything.
+
+    Args:
+        policies: one a layer.
+        segments: whether some layers share one `x`.
+    """
     global _warned
-    recomputing = any(policy != Policy() for policy in policies)
+    recomputing = segments or any(policy != Policy() for policy in policies)
     if not recomputing or not inside_checkpoint():
         return policies
     if not _warned:
@@ -46,12 +51,14 @@ def effective_policies(policies: list[Policy]) -> list[Policy]:
             "of the two off: a block with policy='full' needs no checkpoint around it.",
             stacklevel=_stacklevel(),
         )
-    return [Policy()] * len(policies)
+    return None
 
 
 def _stacklevel() -> int:
-    """Frames up to the first one outside this package, so that the warning names the caller."""
+    """Frames up to the first one outside this package and PyTorch: the caller's own code."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("backfuse"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
+        ("backfuse.", "torch.")
+    ):
         level, frame = level + 1, frame.f_back
     return level

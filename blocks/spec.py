@@ -9,7 +9,8 @@ and so have the parameters: a Hugging Face layer's `state_dict` loads as it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from backfuse.kernels.reference.activation import ACTIVATIONS
@@ -36,6 +37,17 @@ HIDDEN_ACTS = {
     "relu": "relu",
     "relu2": "relu2",
 }
+
+
+#: Fields that are either on or off.
+FLAGS = (
+    "norm_bias", "norm_round_first", "gated", "qkv_bias", "o_bias", "up_bias", "down_bias",
+    "causal", "stacked_qkv", "stacked_gate_up",
+)  # fmt: skip
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def choose(name: str, value: Any, options: Any) -> None:
@@ -158,22 +170,42 @@ class BlockSpec:
             )
         for name in ("norm_eps", "attn_logit_softcapping", "rope_theta", "attention_scale"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is None and name != "norm_eps":
+                continue
+            if not _is_number(value) or not value > 0:
                 raise ValueError(f"{name} is {value!r}, expected a positive number")
         for name in ("attention_dropout", "residual_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected 0 <= p < 1")
+            value = getattr(self, name)
+            if not _is_number(value) or not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} is {value!r}, expected 0 <= p < 1")
+        if not _is_number(self.norm_offset):
+            raise ValueError(f"norm_offset is {self.norm_offset!r}, expected a number")
         if self.norm_bias is None:
             self._resolve("norm_bias", self.norm == "layernorm")
         if self.norm_round_first is None:
             self._resolve("norm_round_first", self.norm == "rmsnorm")
         if self.attention_scale is None:
             self._resolve("attention_scale", self.head_dim**-0.5)
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.stacked_gate_up and not self.gated:
             raise ValueError("stacked_gate_up is True, expected False for an FFN without a gate")
 
     def _resolve(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+        derived = getattr(self, "_derived", frozenset())
+        object.__setattr__(self, "_derived", derived | {name})
+
+    def replace(self, **changes: Any) -> BlockSpec:
+        """The same spec with some fields changed, and those derived from others derived anew.
+
+        `dataclasses.replace` would carry the derived values (`head_dim`, `rotary_dim`,
+        `attention_scale`, ...) over as if they had been given.
+        """
+        derived = getattr(self, "_derived", frozenset()) - {"hidden_act"}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in derived}
+        return BlockSpec(**{**given, **changes})
 
     @classmethod
     def from_config(cls, config: Any, layer_idx: int = 0) -> BlockSpec:

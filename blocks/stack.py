@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import TransformerBlock
-from .function import RecomputeFunction
+from .function import run_job
 from .inputs import check_chunk_size, check_weights, prepare
 from .keep import INPUT
 from .policy import Policy, PolicyLike
@@ -189,9 +189,14 @@ class BlockStack(nn.Module):
         blocks = list(self._blocks())
         shapes = self.spec.parameters()
         weights = [check_weights(block.weights(), shapes, hidden_states) for block in blocks]
-        policies = effective_policies([block.policy for block in blocks])
+        parts = self._segments
+        policies = effective_policies(
+            [block.policy for block in blocks], any(part != 1 for part in parts)
+        )
+        if policies is None:
+            policies, parts = [Policy()] * len(blocks), [1] * len(blocks)
         first = 0
-        for part in self._segments:
+        for part in parts:
             last = first + layers_in(part)
             layers: list[Layer] = []
             flat: list[Tensor] = []
@@ -203,9 +208,7 @@ class BlockStack(nn.Module):
                 flat += named.values()
             seed = inputs.seed if inputs.seed is None else inputs.seed[first:last]
             job = RunJob(call, tuple(layers), _tree(part, 0))
-            hidden_states = RecomputeFunction.apply(
-                job, inputs._replace(seed=seed), hidden_states, *flat
-            )
+            hidden_states = run_job(job, inputs._replace(seed=seed), hidden_states, flat)
             first = last
         return hidden_states
 

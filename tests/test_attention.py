@@ -144,6 +144,15 @@ def test_rows_that_see_nothing_are_zero_and_harmless():
     assert (grads[0][:, 3:6] == 0).all() and all(g.isfinite().all() for g in grads)
 
 
+@pytest.mark.parametrize("value", [-1e9, torch.finfo(torch.float32).min, -1e4])
+def test_an_additive_mask_over_a_whole_row_leaves_weights_that_add_up(value):
+    """Hugging Face's left padding: such a row averages, as softmax has it."""
+    q, k, v = heads(2, 20, 4, 2, 8, torch.float32)
+    bias = torch.zeros(2, 1, 20, 20)
+    bias[..., :4, :] = value
+    check(q, k, v, MASKS["full"], bias=bias, forward=attention_forward, backward=attention_backward)
+
+
 def test_the_library_is_not_asked_for_what_it_lacks():
     cpu = torch.device("cpu")
     for name in ("window", "softcap", "dropout", "all"):

@@ -386,3 +386,58 @@ def test_all_policies_give_the_same_bits_on_cuda(monkeypatch):
             assert same_bits(results(block, x, grad), expected), policy
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "geglu-layernorm-post"])
+def test_any_single_parameter_may_be_the_only_trainable_one(family):
+    spec = FAMILIES[family]
+    x, grad = make_input(spec, seq_len=20)
+    everything = results(make_block(spec), x, grad)
+    x, grad = make_input(spec, seq_len=20, requires_grad=False)
+    for policy in NAMED:
+        block = make_block(spec, policy)
+        for i, chosen in enumerate(block.parameters()):
+            for parameter in block.parameters():
+                parameter.requires_grad_(parameter is chosen)
+            got = results(block, x, grad)
+            assert torch.equal(got[2 + i], everything[2 + i])
+
+
+def test_the_output_may_be_changed_in_place():
+    block = make_block(FAMILIES["llama"])
+    x, grad = make_input(block.spec)
+    expected = results(block, x, grad)
+    x.grad = None
+    block.zero_grad()
+    y = block(x)
+    y += 1
+    y.backward(grad)
+    got = [y.detach() - 1, x.grad, *(p.grad for p in block.parameters())]
+    torch.testing.assert_close(got[0], expected[0])
+    assert same_bits(got[1:], expected[1:])
+
+
+def test_reset_parameters_resets_norms_too():
+    block = TransformerBlock(FAMILIES["gpt2"], device="meta").to_empty(device="cpu")
+    for parameter in block.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    block.reset_parameters()
+    assert all(p.isfinite().all() for p in block.parameters())
+    assert (block.input_layernorm.weight == 1).all() and (block.input_layernorm.bias == 0).all()
+
+
+def test_an_adapter_is_refused_and_not_dropped():
+    class Adapter(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base_layer = base
+
+        @property
+        def weight(self):
+            return self.base_layer.weight
+
+    block = make_block(FAMILIES["llama"])
+    x, _ = make_input(block.spec)
+    block.self_attn.q_proj = Adapter(block.self_attn.q_proj)
+    with pytest.raises(TypeError, match="self_attn.q_proj is a Adapter, expected a plain"):
+        block(x)

@@ -52,6 +52,21 @@ def test_packed_and_masked(window):
     assert total == block_flops(spec, "full", masked=True, **options).total
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"policy": "offload"}, "not available"),
+        ({"lengths": [1, 2, 3]}, r"lengths is \[1, 2, 3\].*seq_len \(60\)"),
+        ({"lengths": [-5, 65]}, "lengths is"),
+        ({"lengths": [60], "batch_size": 2}, "batch_size of 2"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    defaults = {"spec": BlockSpec(8, 16, 2), "policy": "full", "batch_size": 1, "seq_len": 60}
+    with pytest.raises(ValueError, match=message):
+        block_flops(**{**defaults, **arguments})
+
+
 def test_llama_3_8b_by_arithmetic():
     """Extra FLOPs of a training step at 8,192 tokens, causal attention counted at half."""
     spec = BlockSpec(4096, 14336, 32, 8)

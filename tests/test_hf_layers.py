@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import assert_as_good_as
+from families import assert_as_good_as, error
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from backfuse import BlockSpec, TransformerBlock
@@ -93,7 +93,7 @@ def capture(model, index, dtype):
     ids = torch.randint(0, 64, (2, 40))
 
     def before(module, args, kwargs):
-        seen["kwargs"] = kwargs
+        seen["args"], seen["kwargs"] = args[1:], kwargs
         x = args[0] if args else kwargs["hidden_states"]
         seen["x"] = x.detach().requires_grad_()
         if args:
@@ -151,12 +151,19 @@ def test_layer(family, index, dtype, policy):
     x = low["x"].detach().double().requires_grad_()
     kwargs = {**low["kwargs"]}
     kwargs.pop("hidden_states", None)
-    for key, value in kwargs.items():
+
+    def exactly(value):
+        """The same value in fp64; what masks in a low precision masks in fp64."""
         if isinstance(value, tuple):
-            kwargs[key] = tuple(t.double() for t in value)
-        elif isinstance(value, torch.Tensor) and value.is_floating_point():
-            kwargs[key] = value.double().masked_fill(value < 0, torch.finfo(torch.float64).min)
-    y = exact_layer(x, **kwargs)
+            return tuple(exactly(part) for part in value)
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        masked = value <= torch.finfo(value.dtype).min
+        return value.double().masked_fill(masked, torch.finfo(torch.float64).min)
+
+    args = exactly(low["args"])
+    kwargs = {key: exactly(value) for key, value in kwargs.items()}
+    y = exact_layer(x, *args, **kwargs)
     y = y[0] if isinstance(y, tuple) else y
     for parameter in exact_layer.parameters():
         parameter.grad = None
@@ -172,6 +179,8 @@ def test_layer(family, index, dtype, policy):
 
     plain, exact = by_block_name(plain), by_block_name(exact)
     assert ours.keys() == plain.keys()
+    # the reference is the same computation: its low-precision error is small
+    assert error(plain["y"], exact["y"]) <= 40 * torch.finfo(dtype).eps * exact["y"].abs().max()
     eps = torch.finfo(dtype).eps
     for name, value in ours.items():
         # The gradient of k's bias is exactly 0 without RoPE (softmax does not see a shift): what

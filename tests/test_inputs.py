@@ -86,6 +86,17 @@ BAD = {
         ValueError,
         r"\[\]",
     ),
+    "longest alone": ({"max_seqlen": 10}, ValueError, "max_seqlen is 10.*together with cu_seqlens"),
+    "longest low": (
+        {"hidden_states": ONE, "cu_seqlens": torch.tensor([0, 3, 10]), "max_seqlen": 6},
+        ValueError,
+        r"max_seqlen is 6, expected at least the longest sequence \(7\)",
+    ),
+    "longest kind": (
+        {"hidden_states": ONE, "cu_seqlens": torch.tensor([0, 10]), "max_seqlen": -3},
+        ValueError,
+        "max_seqlen is -3",
+    ),
     "packed batch": ({"cu_seqlens": torch.tensor([0, 10])}, ValueError, "batch of 1"),
 }
 

@@ -118,3 +118,14 @@ def test_bad_arguments(arguments, message):
                 **arguments,
             }
         )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_angles_that_the_block_makes_itself_are_not_held(packed):
+    spec = FAMILIES["llama"]
+    x, _ = make_input(spec, batch_size=1, seq_len=40)
+    block = make_block(spec, "full")
+    cu_seqlens = torch.tensor([0, 10, 40], dtype=torch.int32) if packed else None
+    shared = [*block.parameters()] + ([cu_seqlens] if packed else [])
+    held, _ = held_bytes(lambda: block(x, cu_seqlens=cu_seqlens), exclude=shared)
+    assert held == sum(kept_bytes(spec, "full", batch_size=1, seq_len=40).values())

@@ -19,7 +19,10 @@ def test_frozen_hashable_and_replaceable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         spec.hidden_size = 3
     assert hash(spec) == hash(BlockSpec(512, 1408, 8))
-    assert dataclasses.replace(spec, num_key_value_heads=2).kv_size == 128
+    wide = spec.replace(head_dim=128)
+    assert (wide.rotary_dim, wide.attention_scale, wide.kv_size) == (128, 128**-0.5, 1024)
+    assert spec.replace(norm="layernorm") == BlockSpec(512, 1408, 8, norm="layernorm")
+    assert BlockSpec(512, 1408, 8, head_dim=32).replace(hidden_size=64).head_dim == 32
 
 
 def test_parameter_names_and_shapes():
@@ -65,6 +68,12 @@ def test_parameter_names_and_shapes():
         ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping is 0.0"),
         ({"residual_dropout": 1.0}, "residual_dropout is 1.0, expected 0 <= p < 1"),
         ({"attention_dropout": -0.1}, "attention_dropout is -0.1"),
+        ({"norm_eps": None}, "norm_eps is None"),
+        ({"norm_eps": "a"}, "norm_eps is 'a'"),
+        ({"attention_scale": float("inf")}, "attention_scale is inf"),
+        ({"attention_dropout": None}, "attention_dropout is None"),
+        ({"norm_offset": "x"}, "norm_offset is 'x'"),
+        ({"gated": "no"}, "gated is 'no', expected True or False"),
         ({"gated": False, "stacked_gate_up": True}, "stacked_gate_up is True"),
     ],
 )

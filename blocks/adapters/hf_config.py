@@ -90,6 +90,9 @@ def spec_fields(config: Any, layer_idx: int) -> dict[str, Any]:
             f"config.model_type is {family!r}, expected one of {', '.join(FAMILIES)}"
             + nearest(family, FAMILIES)
         )
+    count = getattr(config, "num_hidden_layers", None)
+    if count is not None and not 0 <= layer_idx < count:
+        raise ValueError(f"layer_idx is {layer_idx}, expected one of the {count} layers, from 0")
     for name, harmless in UNSUPPORTED.items():
         if getattr(config, name, None) not in harmless:
             raise ValueError(

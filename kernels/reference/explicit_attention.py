@@ -8,7 +8,7 @@
 
 | kept | recomputed | GEMMs |
 |---|---|---|
-| Q, K, V, O and LSE (fp32, one a row) | P, from LSE, block by block | forward 2, backward 5 |
+| Q, K, V, O and LSE (fp32, one a row) | P, block by block | forward 2, backward 5 |
 
 It walks over blocks of query rows and only the keys they can see, so its scratch is
 O(block * keys), whatever the mask. It does all there is: softcap, window, masks, dropout, packed
@@ -155,6 +155,18 @@ def _scores(
     return scores, tanh
 
 
+def _softmax(scores: Tensor, row_lse: Tensor) -> Tensor:
+    """Softmax weights, zeros in rows that see nothing; scores are overwritten.
+
+    A block holds whole rows, so the weights are normalised by themselves and not by LSE: with a
+    mask of -1e9 added to all of a row, LSE = max + log(sum) would lose the logarithm.
+    """
+    weights = scores.sub_(scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min))
+    weights.exp_()
+    total = weights.sum(-1, keepdim=True)
+    return weights.div_(total.masked_fill_(row_lse == float("-inf"), 1.0))
+
+
 def _dropped(
     shape: torch.Size, span: Span, mask: AttentionMask, seed: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -193,7 +205,7 @@ def explicit_forward(
             k_part = _heads(k[:, k0:k1], 1, high)
             scores, _ = _scores(_heads(q[:, q0:q1], groups, high), k_part, span, mask, bias, groups)
             row_lse = torch.logsumexp(scores, -1, keepdim=True)
-            weights = scores.sub_(row_lse.masked_fill(row_lse == float("-inf"), 0.0)).exp_()
+            weights = _softmax(scores, row_lse)
             if mask.dropout:
                 assert seed is not None
                 weights.mul_(_dropped(weights.shape, span, mask, seed, high))
@@ -228,7 +240,7 @@ def explicit_backward(
             q_part, k_part = _heads(q[:, q0:q1], groups, high), _heads(k[:, k0:k1], 1, high)
             scores, tanh = _scores(q_part, k_part, span, mask, bias, groups)
             row_lse = rearrange(lse[:, :, q0:q1], "b (h g) t -> b h g t 1", g=groups)
-            weights = scores.sub_(row_lse.masked_fill(row_lse == float("-inf"), 0.0)).exp_()
+            weights = _softmax(scores, row_lse)
             do_part = _heads(dout[:, q0:q1], groups, high)
             delta = (do_part * _heads(out[:, q0:q1], groups, high)).sum(-1, keepdim=True)
             dweights = torch.matmul(do_part, _heads(v[:, k0:k1], 1, high).transpose(-1, -2))
