@@ -31,8 +31,6 @@ from .spec import BlockSpec
 class Job(Protocol):
     """What one call does, besides its tensors."""
 
-    call: Call
-
     def forward(self, x: Tensor, weights: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, Kept]:
         """The output `[tokens, h]`, and what is kept."""
 

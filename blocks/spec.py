@@ -194,7 +194,7 @@ class BlockSpec:
 
     def _resolve(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-        derived = getattr(self, "_derived", frozenset())
+        derived: frozenset[str] = getattr(self, "_derived", frozenset())
         object.__setattr__(self, "_derived", derived | {name})
 
     def replace(self, **changes: Any) -> BlockSpec:
@@ -203,7 +203,7 @@ class BlockSpec:
         `dataclasses.replace` would carry the derived values (`head_dim`, `rotary_dim`,
         `attention_scale`, ...) over as if they had been given.
         """
-        derived = getattr(self, "_derived", frozenset()) - {"hidden_act"}
+        derived: frozenset[str] = getattr(self, "_derived", frozenset()) - {"hidden_act"}
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in derived}
         return BlockSpec(**{**given, **changes})
 
