@@ -55,6 +55,24 @@ def _tree(part: Segments, first: int) -> Tree:
     return nodes[0] if len(nodes) == 1 else tuple(nodes)
 
 
+def _without(parts: Sequence[Segments], count: int) -> list[Segments]:
+    """The parts without their first `count` layers, which want no gradient and no segment.
+
+    Args:
+        parts: segments, from the first layer to the last.
+        count: how many layers to leave out.
+    """
+    rest: list[Segments] = []
+    for part in parts:
+        cut = min(count, layers_in(part))
+        count -= cut
+        if cut == 0:
+            rest.append(part)
+        elif cut < layers_in(part):
+            rest.append(part - cut if isinstance(part, int) else tuple(_without(part, cut)))
+    return rest
+
+
 def parse_segments(segments: Segments | None, policies: Sequence[Policy]) -> list[Segments]:
     """The segments of a stack, from the first layer to the last.
 
@@ -195,8 +213,11 @@ class BlockStack(nn.Module):
         )
         if policies is None:
             policies, parts = [Policy()] * len(blocks), [1] * len(blocks)
+        frozen = 0
+        while frozen < len(blocks) and not wanted_names(hidden_states, weights[frozen]):
+            frozen += 1
         first = 0
-        for part in parts:
+        for part in [*[1] * frozen, *_without(parts, frozen)]:
             last = first + layers_in(part)
             layers: list[Layer] = []
             flat: list[Tensor] = []

@@ -1,5 +1,7 @@
 """BlockStack: segments, nesting, per-layer policies: the same bits, less held."""
 
+import functools
+
 import pytest
 import torch
 from families import FAMILIES, POLICIES, held_bytes, make_input, results, same_bits
@@ -165,3 +167,22 @@ def test_nothing_waits_for_the_garbage_collector(segments):
         assert not [s for s in alive if s.data_ptr() not in own]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("segments", [4, ((2, 1), 1), (1, (2, 1))])
+@pytest.mark.parametrize("policy", ["keep", "full"])
+def test_frozen_first_layers_cost_nothing_in_a_segment(segments, policy):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    spec = FAMILIES["llama"]
+    costs = []
+    for cut in (None, segments):
+        stack = make_stack(spec, 4, policy, cut)
+        for name, parameter in stack.named_parameters():
+            parameter.requires_grad_(name.startswith("layers.3"))
+        x, grad = make_input(spec, requires_grad=False)
+        held, y = held_bytes(functools.partial(stack, x), exclude=list(stack.parameters()))
+        with FlopCounterMode(display=False) as counter:
+            y.backward(grad)
+        costs.append((held, counter.get_total_flops()))
+    assert costs[0] == costs[1]
