@@ -1,7 +1,7 @@
-"""Softmax attention written out, and its gradient from O and LSE.
+"""Softmax attention written out, and its gradient from Q, K, V and O.
 
     S = scale * Q K^T    [S = cap * tanh(S / cap)]
-    P = exp(S - LSE)     O = (P o mask / (1 - p)) V
+    P = softmax(S)       O = (P o mask / (1 - p)) V
 
     delta = rowsum(O o dO)       dP = (dO V^T) o mask / (1 - p)       dS = P o (dP - delta)
     [dS *= 1 - tanh^2]     dQ = scale dS K     dK = scale dS^T Q     dV = (P o mask / (1 - p))^T dO
