@@ -14,7 +14,7 @@ from torch import nn
 
 from . import rivals
 from .measure import KIB, MIB, Spread
-from .options import DTYPES, check_device, check_positive, choose, default_device
+from .options import DTYPES, check_device, check_positive, check_seed, choose, default_device
 from .plot import Point, tradeoff
 
 POLICIES = ("keep", "selective", "lean", "full")
@@ -41,7 +41,7 @@ class Setup:
         seed: of weights, input and output gradient.
 
     Raises:
-        ValueError: for sizes that do not divide and names that are not known.
+        ValueError: for sizes that do not divide, names that are not known and an unusable seed.
     """
 
     layers: int = 8
@@ -63,6 +63,7 @@ class Setup:
         for name in (*sizes, "rounds"):
             check_positive(name, getattr(self, name))
         check_positive("kv_heads", self.num_key_value_heads)
+        check_seed(self.seed)
         if self.hidden_size % (2 * self.heads):
             raise ValueError(
                 f"hidden_size is {self.hidden_size}, expected a multiple of 2 * heads "

@@ -24,6 +24,7 @@ from .model import ByteModel, ModelSize, PlainStack, generate
 from .options import (
     check_device,
     check_positive,
+    check_seed,
     default_device,
     progress_bar,
     require,
@@ -311,13 +312,14 @@ def run(settings: Settings) -> int:
 
     Raises:
         OSError: if the folder cannot be written to.
-        ValueError: for sizes, text or device that do not work.
+        ValueError: for sizes, seed, text or device that do not work.
     """
     started = time.perf_counter()
     require("matplotlib")
     require("tqdm")
     check_positive("steps", settings.steps)
     check_positive("batch_size", settings.batch_size)
+    check_seed(settings.seed)
     size = ModelSize(settings.layers, settings.hidden_size, settings.seq_len)
     device = settings.device or default_device()
     check_device(device)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from backfuse.blocks.errors import nearest
 
 DTYPES = {
     "fp32": torch.float32,
@@ -47,14 +48,20 @@ def check_positive(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value}, expected at least 1")
 
 
+def check_seed(seed: int) -> None:
+    """Raises a ValueError unless PyTorch takes the seed and the one after it."""
+    if not 0 <= seed < 2**64 - 1:
+        raise ValueError(f"seed is {seed}, expected 0 to {2**64 - 2}")
+
+
 def choose(name: str, value: str, known: Iterable[str]) -> None:
     """Raises a ValueError, with the nearest known name, unless `value` is one of `known`."""
     known = list(known)
     if value in known:
         return
-    near = difflib.get_close_matches(value, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}{hint}")
+    raise ValueError(
+        f"{name} is {value!r}, expected one of {', '.join(known)}{nearest(value, known)}"
+    )
 
 
 def default_device() -> str:

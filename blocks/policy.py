@@ -9,6 +9,9 @@ Five activations cost a GEMM to rebuild; a policy gives each an action:
     preact     FFN pre-activation              rebuilt from mid
 
 Everything else (normed inputs, roped q and k, softmax, the activated hidden) is never kept.
+
+`fp8` keeps `preact` in eight bits (see `kernels/reference/fp8.py`). It is the one action that
+changes gradients, never the loss; no named policy has it: who writes it allows it.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ from .errors import nearest
 ACTIVATION_NAMES = ("x", "qkv", "attn_out", "mid", "preact")
 ACTIONS = ("keep", "recompute", "offload", "fp8")
 
-#: Actions that exist as words, and are not built yet.
-UNAVAILABLE = {"offload": "the offload engine", "fp8": "fp8 storage"}
+#: Activations that may be kept in eight bits.
+FP8_NAMES = ("preact",)
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,7 +62,7 @@ class Policy:
 
         Raises:
             TypeError: for something else.
-            ValueError: for an unknown name, with the nearest known one.
+            ValueError: for an unknown name, with the nearest known one, or a name given twice.
         """
         if isinstance(value, Policy):
             return value
@@ -77,8 +80,15 @@ class Policy:
                 "to actions, or a Policy"
             )
         if "=" in value:
-            pairs = [part.partition("=") for part in value.split(",")]
-            return cls.parse({name.strip(): action.strip() for name, _, action in pairs})
+            actions: dict[str, str] = {}
+            for part in value.split(","):
+                name, _, action = map(str.strip, part.partition("="))
+                if name in actions:
+                    raise ValueError(
+                        f"policy is {value!r}, expected one action an activation: {name} has two"
+                    )
+                actions[name] = action
+            return cls.parse(actions)
         known = {**NAMED_POLICIES, **{alias: NAMED_POLICIES[n] for alias, n in ALIASES.items()}}
         if value not in known:
             raise ValueError(
@@ -91,15 +101,25 @@ class Policy:
         """Raise a ValueError if an action of this policy does not exist yet."""
         for name in ACTIVATION_NAMES:
             action = getattr(self, name)
-            if action in UNAVAILABLE:
+            if action == "offload":
                 raise ValueError(
-                    f"the action of {name} is {action!r}, which needs {UNAVAILABLE[action]} and is "
-                    "not available in this version; use 'keep' or 'recompute'"
+                    f"the action of {name} is 'offload', which needs the offload engine and is not "
+                    "available in this version; use 'keep' or 'recompute'"
+                )
+            if action == "fp8" and name not in FP8_NAMES:
+                raise ValueError(
+                    f"the action of {name} is 'fp8', expected another one: only "
+                    f"{', '.join(FP8_NAMES)} can be kept in eight bits"
                 )
 
     def keeps(self, name: str) -> bool:
         """Whether the activation of that name stays on the device."""
         return bool(getattr(self, name) == "keep")
+
+    @property
+    def lossy(self) -> bool:
+        """Whether gradients differ from those of `keep`: something is kept in eight bits."""
+        return any(getattr(self, name) == "fp8" for name in FP8_NAMES)
 
     def with_x(self, action: str) -> Policy:
         """The same policy with another action for `x`."""

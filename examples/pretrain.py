@@ -25,7 +25,13 @@ from torch import Tensor, nn
 
 from backfuse import BlockSpec, BlockStack
 from backfuse.bench.data import VOCABULARY, Corpus, load
-from backfuse.bench.options import check_device, check_positive, default_device, writable_folder
+from backfuse.bench.options import (
+    check_device,
+    check_positive,
+    check_seed,
+    default_device,
+    writable_folder,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,16 @@ class Config:
         for field in fields(self):
             if type(field.default) is int and field.name not in ("seed", "warmup"):
                 check_positive(field.name, getattr(self, field.name))
+        check_seed(self.seed)
+        if not isinstance(self.warmup, int) or self.warmup < 0:
+            raise ValueError(f"warmup is {self.warmup}, expected a whole number of at least 0")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+        if not 0 <= self.final_rate <= 1:
+            raise ValueError(f"final_rate is {self.final_rate}, expected a share from 0 to 1")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}, expected a number from 0 up")
 
 
 class Model(nn.Module):
@@ -154,7 +170,11 @@ class Trainer:
         return mean
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint; whatever happens meanwhile, `path` is whole: the old or the new."""
+        """Writes a checkpoint; whatever happens meanwhile, `path` is whole: the old or the new.
+
+        Raises:
+            OSError: if it cannot be written, naming `path`.
+        """
         state = {
             "config": self.config.defining(),
             "text": self.corpus.sha256,
@@ -166,11 +186,20 @@ class Trainer:
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
         temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:
+            # torch.save raises a RuntimeError of its own on top of the file's error
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise OSError(f"cannot write {path}: {cause.strerror}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def restore(self, path: Path) -> None:
         """Continues from a checkpoint; raises a ValueError if it belongs to another run."""

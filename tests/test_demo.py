@@ -102,6 +102,8 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, text, capsys):
     assert "steps is 0" in refused(capsys, *out, "--steps", "0")
     assert "hidden_size is 33" in refused(capsys, *out, "--hidden-size", "33")
     assert "device is 'abacus'" in refused(capsys, *out, "--device", "abacus")
+    for seed in (-1, 2**64 - 1, 2**64):
+        assert f"seed is {seed}, expected 0 to" in refused(capsys, *out, "--seed", str(seed))
 
 
 def test_defaults_of_the_command_are_the_settings():

@@ -1,5 +1,7 @@
 """Blocks with a Hugging Face layer's weights do what that layer does, in every precision."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from families import assert_as_good_as, error
@@ -7,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from backfuse import BlockSpec, TransformerBlock
 
+NOTHING = nullcontext()
 SIZES = {
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -123,6 +126,69 @@ def theirs(family, index, dtype, grad):
     return seen, layer, {"y": seen["y"].detach(), "x": gradients[0], **named}
 
 
+def exactly(value):
+    """The same value in fp64; what masks in a low precision masks in fp64."""
+    if isinstance(value, tuple | list):
+        return tuple(exactly(part) for part in value)
+    if isinstance(value, dict):
+        return {key: exactly(part) for key, part in value.items()}
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    masked = value <= torch.finfo(value.dtype).min
+    return value.double().masked_fill(masked, torch.finfo(torch.float64).min)
+
+
+def by_block_name(family, values):
+    """Output, gradient of x and the parameters' gradients, by a block's names."""
+
+    class Shell:
+        def named_parameters(self):
+            return [(n, v) for n, v in values.items() if n not in ("y", "x")]
+
+    return {"y": values["y"], "x": values["x"], **weights_of(family, Shell())}
+
+
+def run_layer(family, layer, seen, grad, convert=lambda value: value, context=NOTHING):
+    """Hugging Face's layer on what it was handed, in the dtype that `convert` gives.
+
+    Its forward pass runs in `context`.
+    """
+    x = convert(seen["x"].detach()).requires_grad_()
+    kwargs = {key: convert(v) for key, v in seen["kwargs"].items() if key != "hidden_states"}
+    with context:
+        y = layer(x, *convert(seen["args"]), **kwargs)
+    y = y[0] if isinstance(y, tuple) else y
+    layer.zero_grad()
+    y.backward(grad.to(y.dtype))
+    gradients = {n: p.grad.clone() for n, p in layer.named_parameters()}
+    return by_block_name(family, {"y": y.detach(), "x": x.grad, **gradients})
+
+
+def run_block(family, layer, seen, grad, spec, policy, context=NOTHING):
+    """A block with the layer's weights, in their dtype, on what the layer was handed."""
+    x = seen["x"].detach().clone().requires_grad_()
+    block = TransformerBlock(spec, policy, dtype=x.dtype, chunk_size=64)
+    block.load_state_dict({n: w.detach() for n, w in weights_of(family, layer).items()})
+    angles = {"position_embeddings": seen["kwargs"]["position_embeddings"]} if spec.rope else {}
+    with context:
+        y = block(x, **angles)
+    y.backward(grad.to(y.dtype))
+    return {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in block.named_parameters()}}
+
+
+def assert_close_to(ours, plain, exact, dtype, slack):
+    """Each of our results is as good as the layer's own, up to `slack` roundings."""
+    assert ours.keys() == plain.keys()
+    eps = torch.finfo(dtype).eps
+    # the reference is the same computation: its low-precision error is small
+    assert error(plain["y"], exact["y"]) <= 40 * eps * exact["y"].abs().max()
+    for name, value in ours.items():
+        # The gradient of k's bias is exactly 0 without RoPE (softmax does not see a shift): what
+        # is left is rounding, of the size of the weight's gradient.
+        scale = float(exact[name.replace("bias", "weight")].abs().max())
+        assert_as_good_as(name, value, plain[name], exact[name], slack * eps, scale)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -132,61 +198,28 @@ def test_layer(family, index, dtype, policy):
     # the same input in both precisions: the low one's, exactly
     low, layer, plain = theirs(family, index, dtype, grad)
     spec = BlockSpec.from_config(make_model(family).config, index)
-    options = {}
-    if spec.rope:
-        options["position_embeddings"] = low["kwargs"]["position_embeddings"]
-
-    def run(layer, x, policy, dtype):
-        block = TransformerBlock(spec, policy, dtype=dtype, chunk_size=64)
-        block.load_state_dict({n: w.detach() for n, w in weights_of(family, layer).items()})
-        x = x.detach().to(dtype).requires_grad_()
-        inputs = {k: tuple(t.to(dtype) for t in v) for k, v in options.items()}
-        y = block(x, **inputs)
-        y.backward(grad.to(dtype))
-        return {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in block.named_parameters()}}
-
-    ours = run(layer, low["x"], policy, dtype)
+    ours = run_block(family, layer, low, grad, spec, policy)
     # Hugging Face's own layer in fp64, on the same numbers
-    exact_layer = layer.double()
-    x = low["x"].detach().double().requires_grad_()
-    kwargs = {**low["kwargs"]}
-    kwargs.pop("hidden_states", None)
+    exact = run_layer(family, layer.double(), low, grad.to(dtype), exactly)
+    assert_close_to(ours, by_block_name(family, plain), exact, dtype, 4)
 
-    def exactly(value):
-        """The same value in fp64; what masks in a low precision masks in fp64."""
-        if isinstance(value, tuple):
-            return tuple(exactly(part) for part in value)
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            return value
-        masked = value <= torch.finfo(value.dtype).min
-        return value.double().masked_fill(masked, torch.finfo(torch.float64).min)
 
-    args = exactly(low["args"])
-    kwargs = {key: exactly(value) for key, value in kwargs.items()}
-    y = exact_layer(x, *args, **kwargs)
-    y = y[0] if isinstance(y, tuple) else y
-    for parameter in exact_layer.parameters():
-        parameter.grad = None
-    y.backward(grad.double().to(dtype).double())
-    exact = {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in exact_layer.named_parameters()}}
-
-    def by_block_name(values):
-        class Shell:
-            def named_parameters(self):
-                return [(n, v) for n, v in values.items() if n not in ("y", "x")]
-
-        return {"y": values["y"], "x": values["x"], **weights_of(family, Shell())}
-
-    plain, exact = by_block_name(plain), by_block_name(exact)
-    assert ours.keys() == plain.keys()
-    # the reference is the same computation: its low-precision error is small
-    assert error(plain["y"], exact["y"]) <= 40 * torch.finfo(dtype).eps * exact["y"].abs().max()
-    eps = torch.finfo(dtype).eps
-    for name, value in ours.items():
-        # The gradient of k's bias is exactly 0 without RoPE (softmax does not see a shift): what
-        # is left is rounding, of the size of the weight's gradient.
-        scale = float(exact[name.replace("bias", "weight")].abs().max())
-        assert_as_good_as(name, value, plain[name], exact[name], 4 * eps, scale)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("policy", ["keep", "full"])
+def test_layer_under_autocast(family, index, autocast, policy):
+    """Weights and x in fp32, GEMMs in a low precision; only the forward pass sees autocast."""
+    grad = torch.randn(2, 40, 48, generator=torch.Generator().manual_seed(3))
+    model = make_model(family)
+    spec = BlockSpec.from_config(model.config, index)
+    seen, layer = capture(model, index, torch.float32)
+    context = torch.autocast("cpu", dtype=autocast)
+    plain = run_layer(family, layer, seen, grad, context=context)
+    ours = run_block(family, layer, seen, grad, spec, policy, context)
+    assert all(value.dtype == torch.float32 for value in ours.values())
+    exact = run_layer(family, layer.double(), seen, grad, exactly)
+    assert_close_to(ours, plain, exact, autocast, 1)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in RENAMED])
@@ -216,6 +249,9 @@ def test_unknown_families_and_settings():
     config.model_type = "lama"
     with pytest.raises(ValueError, match="model_type is 'lama'.*did you mean 'llama'"):
         BlockSpec.from_config(config)
+    for index in ("0", 1.0, None):
+        with pytest.raises(TypeError, match=f"layer_idx is {index!r}, expected an integer"):
+            BlockSpec.from_config(make_model("llama").config, index)
     config = make_model("gpt2").config
     config.scale_attn_by_inverse_layer_idx = True
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx is True"):

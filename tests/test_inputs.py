@@ -5,6 +5,7 @@ import torch
 from families import make_block
 
 from backfuse import BlockSpec, attention, ffn, rope_cos_sin
+from backfuse.blocks.inputs import prepare
 
 SPEC = BlockSpec(32, 48, 4, 2)
 
@@ -134,8 +135,56 @@ def test_bad_weights_of_a_half(half):
         half(X, weights, SPEC, "fulll")
 
 
+@pytest.mark.parametrize("half", [ffn, attention])
+def test_weights_that_are_no_mapping(half):
+    with pytest.raises(TypeError, match="weights is None, expected a mapping"):
+        half(X, None, SPEC)
+
+
+def test_a_spec_that_is_none():
+    with pytest.raises(TypeError, match="spec is None, expected a BlockSpec"):
+        prepare(None, X)
+
+
 def test_any_dtype_under_autocast():
     block = make_block(SPEC)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert block(X.bfloat16()).dtype == torch.bfloat16
         assert block(X).dtype == torch.float32
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert make_block(SPEC, dtype=dtype)(X).dtype == torch.float32
+
+
+NORM, PROJECTION = "post_attention_layernorm.weight", "mlp.up_proj.weight"
+BAD_DTYPES = [
+    # hidden_states, autocast, which weight, its dtype, what was expected
+    (torch.float32, False, NORM, torch.int64, "torch.float32, with"),
+    (torch.float32, False, NORM, torch.float64, "torch.float32, with"),
+    (torch.float32, False, NORM, torch.bfloat16, "torch.float32, with"),
+    (torch.bfloat16, False, NORM, torch.float16, "torch.bfloat16 or torch.float32, with"),
+    (torch.bfloat16, False, NORM, torch.float64, "torch.bfloat16 or torch.float32, with"),
+    (torch.float64, False, NORM, torch.bfloat16, "torch.float64 or torch.float32, with"),
+    (torch.float32, False, PROJECTION, torch.int64, "torch.float32, the dtype of hidden_states"),
+    (torch.float64, False, PROJECTION, torch.float32, "torch.float64, the dtype of hidden_states"),
+    (torch.float32, True, NORM, torch.int64, ".*torch.float16, under autocast"),
+    (torch.float32, True, NORM, torch.float64, ".*torch.float16, under autocast"),
+    (torch.float32, True, PROJECTION, torch.int64, ".*torch.float16, under autocast"),
+    (torch.bfloat16, True, PROJECTION, torch.float64, ".*torch.float16, under autocast"),
+    (torch.float64, True, PROJECTION, torch.float32, "torch.float64, the dtype of hidden_states"),
+]
+
+
+@pytest.mark.parametrize("dtype, autocast, name, wrong, expected", BAD_DTYPES)
+def test_dtypes_of_weights(dtype, autocast, name, wrong, expected):
+    weights = {n: w.detach() for n, w in make_block(SPEC, dtype=dtype).named_parameters()}
+    weights[name] = weights[name].to(wrong)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with pytest.raises(TypeError, match=f"^{name} is {wrong}, expected {expected}"):
+            ffn(X.to(dtype), weights, SPEC)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_norms_may_stay_in_fp32(dtype):
+    weights = dict(make_block(SPEC, dtype=dtype).named_parameters())
+    norms = {n: w.detach().float() for n, w in weights.items() if "norm" in n}
+    assert ffn(X.to(dtype), {**weights, **norms}, SPEC).dtype == dtype

@@ -45,6 +45,8 @@ def test_parse(value, expected):
     [
         ("selektive", ValueError, "policy is 'selektive', expected one of keep.*mean 'selective'"),
         ("nothing_savable", ValueError, "did you mean 'nothing_saveable'"),
+        ("SELECTIVE", ValueError, "policy is 'SELECTIVE'.*did you mean 'selective'"),
+        ("preact=recompute, preact=keep", ValueError, "policy is 'preact=.*: preact has two"),
         ({"prect": "keep"}, ValueError, "activation 'prect', expected.*did you mean 'preact'"),
         ({"preact": "recomput"}, ValueError, "preact is 'recomput'.*did you mean 'recompute'"),
         ("preact=drop", ValueError, "action of preact is 'drop'"),
@@ -71,7 +73,7 @@ def test_repr_is_for_people():
     "policy, message",
     [
         ("offload", "the action of x is 'offload'.*not available in this version"),
-        ({"preact": "fp8"}, "the action of preact is 'fp8'.*not available in this version"),
+        ({"qkv": "fp8"}, "the action of qkv is 'fp8'.*only preact can be kept in eight bits"),
         ({"x": "recompute"}, "expected one that keeps x.*BlockStack"),
     ],
 )

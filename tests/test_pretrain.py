@@ -1,5 +1,6 @@
 """examples/pretrain.py: learns, resumes bit by bit, and never leaves a broken checkpoint."""
 
+import errno
 import importlib.util
 import os
 import signal
@@ -169,6 +170,48 @@ def refused(pretrain, capsys, args):
     return lines[0]
 
 
+class Full:
+    """A file on a disk that has room for a few bytes more."""
+
+    def __init__(self, file):
+        self.file, self.room = file, 1000
+
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.EFBIG, "File too large")
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+@pytest.mark.parametrize("torch_writes", [False, True])
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(
+    pretrain, text, tmp_path, capsys, monkeypatch, torch_writes
+):
+    out = tmp_path / "out"
+    args = arguments(text, out, checkpoint_every=2)
+    save = torch.save
+
+    def full(state, file):
+        if state["step"] < 4:
+            save(state, file)
+        elif torch_writes:  # which raises a RuntimeError on top of the file's error
+            save(state, Full(file))
+        else:
+            file.write(b"half of a checkpoint")
+            raise OSError(errno.EFBIG, "File too large")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        message = refused(pretrain, capsys, args)
+    assert message.endswith(f"cannot write {out / 'checkpoint.pt'}: File too large")
+    assert [path.name for path in out.iterdir()] == ["checkpoint.pt"]
+    assert read(out)["step"] == 2
+    assert pretrain.main([*args, "--resume"]) == 0
+
+
 def test_resume_refuses_what_is_not_its_own(pretrain, text, tmp_path, capsys):
     out = tmp_path / "out"
     missing = arguments(text, out, "--resume")
@@ -184,6 +227,37 @@ def test_resume_refuses_what_is_not_its_own(pretrain, text, tmp_path, capsys):
     (out / "checkpoint.pt").write_bytes(b"rubbish")
     rubbish = arguments(text, out, "--resume", steps=1)
     assert "not a checkpoint" in refused(pretrain, capsys, rubbish)
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    {
+        "clip": ["0", "-1", "nan", "inf"],
+        "warmup": ["-3"],
+        "learning-rate": ["0", "-1", "nan", "inf"],
+        "final-rate": ["-1", "7", "nan"],
+        "weight-decay": ["-1", "nan", "inf"],
+        "seed": ["-1", str(2**64 - 1), str(2**64)],
+    }.items(),
+)
+def test_bad_numbers_are_refused_before_any_work(
+    pretrain, text, tmp_path, capsys, monkeypatch, flag, values
+):
+    monkeypatch.setattr(pretrain, "load", None)
+    for value in values:
+        message = refused(pretrain, capsys, arguments(text, tmp_path / "out", **{flag: value}))
+        name = flag.replace("-", "_")
+        number = value if flag in ("seed", "warmup") else float(value)
+        assert f"{name} is {number}, expected" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_extreme_numbers_that_work(pretrain, text, tmp_path):
+    limits = {"seed": 2**64 - 2, "warmup": 0, "final_rate": 1.0, "weight_decay": 0.0, "steps": 1}
+    assert pretrain.main(arguments(text, tmp_path / "high", **limits)) == 0
+    assert pretrain.main(arguments(text, tmp_path / "low", steps=1, final_rate=0, seed=0)) == 0
+    with pytest.raises(ValueError, match="warmup is 2.5"):
+        pretrain.Config(warmup=2.5).check()
 
 
 def test_bad_settings(pretrain, text, tmp_path, capsys):

@@ -42,6 +42,11 @@ def test_parameter_names_and_shapes():
     assert "self_attn.o_proj.bias" not in shapes and "mlp.up_proj.weight" not in shapes
 
 
+def test_an_odd_head_dim_may_rotate_in_part_or_not_at_all():
+    assert BlockSpec(28, 48, 4, rotary_dim=6).head_dim == 7
+    assert BlockSpec(28, 48, 4, rope=None).head_dim == 7
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -53,17 +58,22 @@ def test_parameter_names_and_shapes():
         ({"intermediate_size": 2.5}, "intermediate_size is 2.5"),
         ({"num_attention_heads": True}, "num_attention_heads is True"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3, expected a divisor"),
-        ({"head_dim": 7}, "rotary_dim is 7, expected an even number"),
+        ({"head_dim": 7}, "^head_dim is 7, expected an even number.*or give rotary_dim"),
+        ({"hidden_size": 28}, "^head_dim is 7, expected an even number"),
+        ({"head_dim": 7, "rotary_dim": 5}, "^rotary_dim is 5, expected an even number"),
         (
             {"rotary_dim": 10},
             r"rotary_dim is 10, expected an even number of at most head_dim \(8\)",
         ),
         ({"sliding_window": 0}, "sliding_window is 0"),
         ({"hidden_act": "sillu"}, "hidden_act is 'sillu'.*did you mean 'silu'"),
+        ({"hidden_act": "SiLU"}, "hidden_act is 'SiLU'.*did you mean 'silu'"),
         ({"norm": "batchnorm"}, "norm is 'batchnorm'"),
+        ({"norm": "RMSNorm"}, "norm is 'RMSNorm'.*did you mean 'rmsnorm'"),
         ({"norm_position": "middle"}, "norm_position is 'middle'"),
         ({"qk_norm": "heads"}, "qk_norm is 'heads'.*did you mean 'head'"),
         ({"rope": "halves"}, "rope is 'halves'.*did you mean 'half'"),
+        ({"rope": "none"}, r"rope is 'none'.*did you mean None\?"),
         ({"norm_eps": -1.0}, "norm_eps is -1.0, expected a positive number"),
         ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping is 0.0"),
         ({"residual_dropout": 1.0}, "residual_dropout is 1.0, expected 0 <= p < 1"),

@@ -82,8 +82,11 @@ def spec_fields(config: Any, layer_idx: int) -> dict[str, Any]:
         layer_idx: which layer.
 
     Raises:
+        TypeError: for a layer_idx that is no integer.
         ValueError: for a family or a setting that a block cannot represent.
     """
+    if not isinstance(layer_idx, int) or isinstance(layer_idx, bool):
+        raise TypeError(f"layer_idx is {layer_idx!r}, expected an integer")
     family = getattr(config, "model_type", None)
     if family not in FAMILIES:
         raise ValueError(
