@@ -19,17 +19,18 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from backfuse.kernels.reference.attention import attention_backward, attention_forward
-from backfuse.kernels.reference.norm import (
-    accumulate_dtype,
-    norm_apply,
-    norm_backward,
-    norm_statistics,
+from backfuse.kernels.reference.attention import (
+    attention_backward,
+    attention_forward,
+    library_core,
 )
-from backfuse.kernels.reference.rope import rope, rope_cos_sin
+from backfuse.kernels.reference.norm import accumulate_dtype
+from backfuse.kernels.reference.rope import rope_cos_sin
 
 from .call import Branch, Call, Inputs, NormUse, Projections, WeightGrads, Weights
 from .keep import Needs
+
+Heads = tuple[Tensor, Tensor, Tensor]
 
 
 class AttentionHalf:
@@ -63,54 +64,67 @@ class AttentionHalf:
         self.keep = keep
         names = ["qkv"] if spec.stacked_qkv else ["q", "k", "v"]
         self.qkv = Projections([f"self_attn.{name}_proj" for name in names], weights)
-        self.norm = NormUse(spec, weights, "attn_norm") if spec.pre_norm else None
-        self.branch = Branch(call, weights, "attn", inputs.seed)
-        self._heads: tuple[Tensor, Tensor, Tensor] | None = None
+        self.norm = NormUse(call, weights, "attn_norm", kept) if spec.pre_norm else None
+        self.branch = Branch(call, weights, "attn", inputs.seed, kept)
+        self.rotates = spec.rope is not None or spec.qk_norm is not None
+        self.qk_norms = [weights.get(f"self_attn.{name}_norm.weight") for name in "qk"]
+        self._heads: Heads | None = None
 
-    def normed(self, rows: slice) -> Tensor:
+    def _normed(self, rows: slice) -> Tensor:
         """The normalised input of a chunk, in the compute dtype."""
         x = self.values["x"][rows]
-        if self.norm is not None:
-            x = self.norm.apply(x, self.values["attn_norm_stats"][:, rows])
-        return x.to(self.call.compute_dtype)
+        return x.to(self.call.compute_dtype) if self.norm is None else self.norm.apply(x, rows)
 
-    def _make_statistics(self) -> None:
-        if self.norm is not None and "attn_norm_stats" not in self.values:
-            x = self.values["x"]
-            parts = [self.norm.statistics(x[rows]) for rows in self.call.chunks()]
-            self.values["attn_norm_stats"] = torch.cat(parts, -1)
-
-    def heads(self) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, delta: tuple[Tensor, Tensor, Tensor] | None = None) -> Heads:
         """q, k and v as the attention core takes them: `[batch, seq_len, heads, head_dim]`.
 
         A kept `qkv` is never written: q and k are then rotated into scratch. A `qkv` that is not
         kept is this pass's own scratch, and is rotated where it stands, unless qk-norm's
         backward will want it as it was.
+
+        Args:
+            delta: `(attn_out, dout, delta)`: `[tokens, q]` twice, and `[tokens, heads]`, which is
+                written with rowsum(O o dO) in the same pass.
         """
+        call, spec, ops = self.call, self.spec, self.call.ops
+        if self._heads is not None or not self.rotates:
+            if delta is not None:
+                ops.attention_delta(*delta, spec.qk_spec)
+            delta = None
         if self._heads is not None:
             return self._heads
-        call, spec = self.call, self.spec
         tokens = call.batch_size * call.seq_len
         qkv = self.values.get("qkv")
         project = qkv is None
         if qkv is None:
-            self._make_statistics()
             like = self.values["x"]
             qkv = like.new_empty(tokens, spec.qkv_size, dtype=call.compute_dtype)
             if "qkv" in self.keep or spec.qk_norm:
                 self.values["qkv"] = qkv
-        rotated = spec.rope is not None or spec.qk_norm is not None
         qk_size = spec.q_size + spec.kv_size
-        if not rotated or "qkv" not in self.values:
-            qk = qkv[:, :qk_size]
+        if self.rotates and "qkv" in self.values:
+            # As wide as qkv: with other strides the attention core could round differently.
+            qk = torch.empty_like(qkv)[:, :qk_size]
         else:
-            qk = qkv.new_empty(tokens, qk_size)
-        angles = self._angles()
+            qk = qkv[:, :qk_size]
+        cos, sin = self._angles()
+        names = ("attn_out", "dout", "delta")
         for rows in call.chunks():
             if project:
-                self.qkv.forward(self.normed(rows), qkv[rows])
-            if rotated:
-                self._rotate(qkv[rows, :qk_size], qk[rows], angles, rows)
+                self.qkv.forward(self._normed(rows), qkv[rows])
+            if self.rotates:
+                parts = {n: t[rows] for n, t in zip(names, delta or (), strict=False)}
+                ops.qk_rope_forward(
+                    qkv[rows, :qk_size],
+                    None if cos is None else cos[rows],
+                    None if sin is None else sin[rows],
+                    *self.qk_norms,
+                    spec.qk_spec,
+                    qk[rows],
+                    **parts,
+                )
+        if self.norm is not None and self.norm.statistics is not None:
+            self.values["attn_norm_stats"] = self.norm.statistics
         q, k = qk.split([spec.q_size, spec.kv_size], -1)
         self._heads = self._split(q), self._split(k), self._split(qkv[:, qk_size:])
         return self._heads
@@ -118,10 +132,10 @@ class AttentionHalf:
     def _split(self, x: Tensor) -> Tensor:
         return rearrange(x, "(b t) (n d) -> b t n d", b=self.call.batch_size, d=self.spec.head_dim)
 
-    def _angles(self) -> tuple[Tensor, Tensor] | None:
-        """cos and sin, one row a token: `[tokens, rotary_dim]`."""
+    def _angles(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """cos and sin, one row a token: `[tokens, rotary_dim]`; None without RoPE."""
         if self.spec.rope is None:
-            return None
+            return None, None
         cos, sin = self.inputs.cos, self.inputs.sin
         if cos is None or sin is None:
             cos, sin = self._default_angles()
@@ -145,43 +159,6 @@ class AttentionHalf:
         )
         return cos.unsqueeze(0), sin.unsqueeze(0)
 
-    def _qk_parts(self, qk: Tensor) -> list[tuple[str, Tensor]]:
-        """q and k of some rows, with their names."""
-        return list(zip("qk", qk.split([self.spec.q_size, self.spec.kv_size], -1), strict=True))
-
-    def _qk_norm_rows(self, part: Tensor) -> Tensor:
-        """The rows that qk-norm normalises: heads, or whole projections."""
-        return (
-            part.unflatten(-1, (-1, self.spec.head_dim)).flatten(0, 1)
-            if (self.spec.qk_norm == "head")
-            else part
-        )
-
-    def _rotate(
-        self, raw: Tensor, out: Tensor, angles: tuple[Tensor, Tensor] | None, rows: slice
-    ) -> None:
-        """qk-norm and RoPE of some rows of q and k, from `raw` into `out` (which may be raw)."""
-        spec = self.spec
-        for (name, source), (_, target) in zip(
-            self._qk_parts(raw), self._qk_parts(out), strict=True
-        ):
-            if spec.qk_norm:
-                lines = self._qk_norm_rows(source)
-                normed = norm_apply(
-                    lines,
-                    norm_statistics(lines, "rmsnorm", spec.norm_eps),
-                    self.weights[f"self_attn.{name}_norm.weight"],
-                    None,
-                    offset=spec.norm_offset,
-                    round_first=spec.norm_round_first,
-                )
-                source = target.copy_(normed.view(target.shape))
-            if angles is not None:
-                heads = source.unflatten(-1, (-1, spec.head_dim))
-                cos, sin = angles[0][rows], angles[1][rows]
-                into = heads if source is target else target.unflatten(-1, (-1, spec.head_dim))
-                rope(heads, cos, sin, layout=spec.rope or "half", out=into)
-
     def attn_out(self) -> Tensor:
         """The attention's output, `[tokens, q]`; its LSE lands beside it."""
         if "attn_out" not in self.values:
@@ -201,11 +178,6 @@ class AttentionHalf:
             attn_out = self.attn_out()
             parts = [self.branch.project(attn_out[rows]) for rows in self.call.chunks()]
             self.values["attn_branch"] = torch.cat(parts)
-        if "attn_post_norm_stats" not in self.values:
-            assert self.branch.post is not None
-            branch = self.values["attn_branch"]
-            stats = [self.branch.post.statistics(branch[rows]) for rows in self.call.chunks()]
-            self.values["attn_post_norm_stats"] = torch.cat(stats, -1)
         return self.values["attn_branch"]
 
     def mid(self) -> Tensor:
@@ -214,13 +186,12 @@ class AttentionHalf:
             x = self.values["x"]
             mid = torch.empty_like(x)
             for rows in self.call.chunks():
-                first = rows.start
-                if self.spec.post_norm:
-                    projected = self.projected()[rows]
-                    stats = self.values["attn_post_norm_stats"][:, rows]
-                    self.branch.add(x[rows], projected, stats, first, mid[rows])
+                if self.branch.post is not None:
+                    self.branch.add(x[rows], self.projected()[rows], rows, mid[rows])
                 else:
-                    self.branch.forward(x[rows], self.attn_out()[rows], first, mid[rows])
+                    self.branch.forward(x[rows], self.attn_out()[rows], rows, mid[rows])
+            if self.branch.post is not None and self.branch.post.statistics is not None:
+                self.values["attn_post_norm_stats"] = self.branch.post.statistics
             self.values["mid"] = mid
         return self.values["mid"]
 
@@ -241,8 +212,7 @@ class AttentionHalf:
         dout = dmid.new_empty(tokens, spec.q_size, dtype=call.compute_dtype)
         for rows in call.chunks():
             projected = self.projected()[rows] if spec.post_norm else None
-            stats = self.values["attn_post_norm_stats"][:, rows] if spec.post_norm else None
-            dy = self.branch.backward(dmid[rows], projected, stats, rows.start, needs, grads)
+            dy = self.branch.backward(dmid[rows], projected, rows, needs, grads)
             if dy is not None and attn_out is not None:
                 if needs.out:
                     self.branch.backward_weight(dy, attn_out[rows], grads)
@@ -251,76 +221,79 @@ class AttentionHalf:
         if not needs.inner:
             return None
         assert attn_out is not None
+        delta = self._new_delta(dout)
+        heads = self.heads(None if delta is None else (attn_out, dout, delta))
+        by_head = "(b t) n -> b n t"  # as LSE has it
         dheads = attention_backward(
             self._split(dout),
-            *self.heads(),
+            *heads,
             self._split(attn_out),
             self.values["lse"],
             call.mask,
+            delta=None if delta is None else rearrange(delta, by_head, b=call.batch_size),
             bias=self.inputs.attention_mask,
             cu_seqlens=self.inputs.cu_seqlens,
             seed=self.inputs.seed,
         )
-        del dout
+        del dout, heads
         self._heads = None  # roped q and k are not read again
         return self._backward_qkv(dmid, dheads, needs, grads)
 
+    def _new_delta(self, dout: Tensor) -> Tensor | None:
+        """Room for delta, `[tokens, heads]`; None where the attention core makes its own."""
+        call, spec = self.call, self.spec
+        if library_core(
+            call.mask,
+            dout.dtype,
+            dout.device,
+            spec.head_dim,
+            call.seq_len,
+            self.inputs.attention_mask,
+        ):
+            return None
+        return dout.new_empty(
+            len(dout), spec.num_attention_heads, dtype=accumulate_dtype(dout.dtype)
+        )
+
     def _backward_qkv(
-        self,
-        dmid: Tensor,
-        dheads: tuple[Tensor, Tensor, Tensor],
-        needs: Needs,
-        grads: WeightGrads,
+        self, dmid: Tensor, dheads: Heads, needs: Needs, grads: WeightGrads
     ) -> Tensor | None:
         """From the gradients of roped q and k, and of v, to the half's input."""
-        call = self.call
-        angles = self._angles()
+        call, spec = self.call, self.spec
+        cos, sin = self._angles()
         dx = torch.empty_like(dmid) if needs.input else None
         flat = [part.flatten(2).flatten(0, 1) for part in dheads]
+        qk_size = spec.q_size + spec.kv_size
+        names = [f"self_attn.{name}_norm.weight" for name in "qk"]
         for rows in call.chunks():
             dqkv = torch.cat([part[rows] for part in flat], -1)
-            self._unrotate(dqkv, angles, rows, grads)
-            normed = self.normed(rows) if needs.projections else None
-            self.qkv.backward_weights(dqkv, normed, grads)
-            if not (needs.input or needs.norm):
-                continue
-            dnormed: Tensor | None = self.qkv.backward_input(dqkv)
-            if self.norm is not None and dnormed is not None:
-                stats = self.values["attn_norm_stats"][:, rows]
-                x = self.values["x"][rows]
-                dnormed = self.norm.backward(dnormed, x, stats, grads, needs.input)
-            if dx is not None and dnormed is not None:
-                torch.add(dmid[rows], dnormed, out=dx[rows])
+            if self.rotates:
+                dweights = call.ops.qk_rope_backward(
+                    dqkv[:, :qk_size],
+                    self.values["qkv"][rows, :qk_size] if spec.qk_norm else None,
+                    None if cos is None else cos[rows],
+                    None if sin is None else sin[rows],
+                    *self.qk_norms,
+                    spec.qk_spec,
+                    need_dweights=tuple(name in grads.wanted for name in names),
+                )
+                for name, dweight in zip(names, dweights, strict=True):
+                    grads.add(name, dweight)
+            self.qkv.backward_biases(dqkv, grads)
+            normed = None
+            if needs.input or needs.norm:
+                dnormed = self.qkv.backward_input(dqkv)
+                dpart = None if dx is None else dx[rows]
+                if self.norm is not None:
+                    x = self.values["x"][rows]
+                    normed = torch.empty_like(dnormed) if needs.projections else None
+                    self.norm.backward(
+                        dnormed, x, rows, grads, residual=dmid[rows], dx=dpart, normed=normed
+                    )
+                elif dpart is not None:
+                    torch.add(dmid[rows], dnormed, out=dpart)
+            if needs.projections:
+                self.qkv.backward_weights(
+                    dqkv, self._normed(rows) if normed is None else normed, grads
+                )
         return dx
-
-    def _unrotate(
-        self,
-        dqkv: Tensor,
-        angles: tuple[Tensor, Tensor] | None,
-        rows: slice,
-        grads: WeightGrads,
-    ) -> None:
-        """RoPE and qk-norm backward of some rows, in place."""
-        spec = self.spec
-        dqk = dqkv[:, : spec.q_size + spec.kv_size]
-        if angles is not None:
-            heads = dqk.unflatten(-1, (-1, spec.head_dim))
-            cos, sin = angles[0][rows], angles[1][rows]
-            rope(heads, cos, sin, layout=spec.rope or "half", out=heads, transpose=True)
-        if not spec.qk_norm:
-            return
-        raw = self.values["qkv"][rows, : spec.q_size + spec.kv_size]
-        for (name, dpart), (_, part) in zip(self._qk_parts(dqk), self._qk_parts(raw), strict=True):
-            weight_name = f"self_attn.{name}_norm.weight"
-            lines = self._qk_norm_rows(part)
-            dlines, dweight = norm_backward(
-                self._qk_norm_rows(dpart),
-                lines,
-                norm_statistics(lines, "rmsnorm", spec.norm_eps),
-                self.weights[weight_name],
-                offset=spec.norm_offset,
-                need_dweight=weight_name in grads.wanted,
-            )
-            grads.add(weight_name, dweight)
-            assert dlines is not None
-            dpart.copy_(dlines.view(dpart.shape))

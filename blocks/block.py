@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from .function import run_job
-from .inputs import check_chunk_size, check_weights, prepare
+from .inputs import check_chunk_size, check_impl, check_weights, prepare
 from .policy import Policy, PolicyLike
 from .replay import effective_policies
 from .run import Layer, RunJob, wanted_names
-from .spec import BlockSpec
+from .spec import BlockSpec, check_spec
 
 
 class Norm(nn.Module):
@@ -65,6 +65,11 @@ class TransformerBlock(nn.Module):
             actions, or a `Policy`.
         chunk_size: tokens that the FFN and the projections work on at a time; None: the device's
             default (1,024 on a CPU, 4,096 on a GPU). It bounds the scratch of a pass.
+        impl: which operations run: `"triton"` (kernels), `"reference"` (PyTorch), or `"auto"`: the
+            kernels for bf16 and fp16 on a GPU, else the reference.
+        ffn_strategy: how the kernels rebuild a dropped `preact`: `"split"` (into scratch),
+            `"fused"` (inside the backward kernel), or `"auto"`: as measured on this device by
+            `backfuse tune`, else split.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -79,15 +84,17 @@ class TransformerBlock(nn.Module):
         policy: PolicyLike = "selective",
         *,
         chunk_size: int | None = None,
+        impl: str = "auto",
+        ffn_strategy: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(spec, BlockSpec):
-            raise TypeError(f"spec is {spec!r}, expected a BlockSpec")
-        self.spec = spec
+        self.spec = check_spec(spec)
         self.policy = policy
         self.chunk_size = check_chunk_size(chunk_size)
+        check_impl(impl, ffn_strategy)
+        self.impl, self.ffn_strategy = impl, ffn_strategy
         for path, module in parameter_modules(spec, device, dtype).items():
             parent, _, name = path.rpartition(".")
             if parent and parent not in self._modules:
@@ -178,6 +185,9 @@ class TransformerBlock(nn.Module):
             max_seqlen=max_seqlen,
             training=self.training,
             chunk_size=self.chunk_size,
+            impl=self.impl,
+            ffn_strategy=self.ffn_strategy,
+            lossy=self.policy.lossy,
         )
         weights = check_weights(self.weights(), self.spec.parameters(), hidden_states)
         [policy] = effective_policies([self.policy]) or [Policy()]

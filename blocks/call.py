@@ -14,20 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backfuse.kernels.dispatch import Operations
 from backfuse.kernels.reference.dropout import dropout_rows_
 from backfuse.kernels.reference.explicit_attention import AttentionMask
 from backfuse.kernels.reference.linear import (
-    accumulate_outer,
     linear,
+    linear_add,
     linear_backward_input,
     matmul_transposed,
 )
-from backfuse.kernels.reference.norm import (
-    accumulate_dtype,
-    norm_apply,
-    norm_backward,
-    norm_statistics,
-)
+from backfuse.kernels.reference.norm import accumulate_dtype
 
 from .keep import Needs
 from .spec import BlockSpec
@@ -71,6 +67,8 @@ class Call:
         seq_len: tokens a sequence (all tokens where they are packed).
         compute_dtype: of the GEMMs' operands: autocast's, or the weights'.
         chunk_size: tokens a chunk.
+        ops: the kernels, or their reference.
+        ffn_strategy: how the kernels rebuild a pre-activation (see `kernels/ffn_recompute.py`).
         dropout: whether dropout is active.
         max_seqlen: longest packed sequence, where the caller knows it.
     """
@@ -80,6 +78,8 @@ class Call:
     seq_len: int
     compute_dtype: torch.dtype
     chunk_size: int
+    ops: Operations
+    ffn_strategy: str = "auto"
     dropout: bool = False
     max_seqlen: int | None = None
 
@@ -120,17 +120,19 @@ class WeightGrads:
     """Gradients of parameters, summed over chunks in fp32 (fp64 for fp64).
 
     Args:
+        ops: the kernels, or their reference.
         wanted: names of the parameters that want one; the others are never computed.
     """
 
-    def __init__(self, wanted: Set[str]) -> None:
+    def __init__(self, ops: Operations, wanted: Set[str]) -> None:
+        self.ops = ops
         self.wanted = wanted
         self.totals: dict[str, Tensor] = {}
 
     def outer(self, name: str, dy: Tensor, x: Tensor) -> None:
         """Add `dy^T x`: a projection's weight."""
         if name in self.wanted:
-            self.totals[name] = accumulate_outer(self.totals.get(name), dy, x)
+            self.totals[name] = self.ops.accumulate_outer(self.totals.get(name), dy, x)
 
     def rows(self, name: str, dy: Tensor) -> None:
         """Add the sum over rows: a bias."""
@@ -172,56 +174,117 @@ class Projections:
         """The gradient of the input."""
         return linear_backward_input(dy, self.weights)
 
-    def backward_weights(self, dy: Tensor, x: Tensor | None, grads: WeightGrads) -> None:
-        """Add to the gradients of the weights (those wanted need x) and biases."""
+    def _split(self, dy: Tensor) -> list[tuple[str, Tensor]]:
+        """What belongs to each of the weights, with their names."""
         widths = [weight.shape[0] for weight in self.weights]
-        for name, part in zip(self.names, dy.split(widths, -1), strict=True):
+        return list(zip(self.names, dy.split(widths, -1), strict=True))
+
+    def backward_weights(self, dy: Tensor, x: Tensor, grads: WeightGrads) -> None:
+        """Add to the gradients of the weights."""
+        for name, part in self._split(dy):
+            grads.outer(f"{name}.weight", part, x)
+
+    def backward_biases(self, dy: Tensor, grads: WeightGrads) -> None:
+        """Add to the gradients of the biases."""
+        for name, part in self._split(dy):
             grads.rows(f"{name}.bias", part)
-            if x is not None:
-                grads.outer(f"{name}.weight", part, x)
+
+    def add_biases(self, dbias: Tensor, grads: WeightGrads) -> None:
+        """Add to the gradients of the biases what a kernel has summed already."""
+        for name, part in self._split(dbias):
+            grads.add(f"{name}.bias", part)
+
+    def want_biases(self, grads: WeightGrads) -> bool:
+        """Whether a bias wants a gradient."""
+        return any(f"{name}.bias" in grads.wanted for name in self.names)
 
 
 class NormUse:
-    """One norm of a block, by its role; `None` parameters where the block has no such norm."""
+    """One norm of a block in one pass, with the statistics of its rows.
 
-    def __init__(self, spec: BlockSpec, weights: Weights, role: str) -> None:
-        self.spec = spec
-        self.name = spec.norm_names[role]
+    Args:
+        call: the call.
+        weights: the block's weights.
+        role: a key of `spec.norm_names`.
+        kept: what an earlier pass kept: its statistics are read where they are there.
+    """
+
+    def __init__(
+        self, call: Call, weights: Weights, role: str, kept: Mapping[str, Tensor]
+    ) -> None:
+        self.call = call
+        self.spec = call.spec.norm_spec
+        self.name = call.spec.norm_names[role]
         self.weight = weights[f"{self.name}.weight"]
         self.bias = weights.get(f"{self.name}.bias")
+        self.statistics = kept.get(f"{role}_stats")
+        self.known = self.statistics is not None
 
-    def statistics(self, x: Tensor) -> Tensor:
-        """`[1 or 2, rows]`."""
-        return norm_statistics(x, self.spec.norm, self.spec.norm_eps)
+    def apply(
+        self,
+        x: Tensor,
+        rows: slice,
+        *,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Some rows normalised, in the compute dtype; their statistics too where they are new.
 
-    def apply(self, x: Tensor, statistics: Tensor) -> Tensor:
-        """The normalised rows."""
-        return norm_apply(
-            x,
-            statistics,
-            self.weight,
-            self.bias,
-            offset=self.spec.norm_offset,
-            round_first=self.spec.norm_round_first,
-        )
+        Args:
+            x: `[rows, width]`.
+            rows: which rows these are.
+            residual: added; the sum goes to `out`, which is then the result.
+            out: see residual.
+        """
+        if self.statistics is None:
+            tokens = self.call.batch_size * self.call.seq_len
+            self.statistics = x.new_empty(
+                self.spec.statistics, tokens, dtype=accumulate_dtype(x.dtype)
+            )
+        statistics, dtype = self.statistics[:, rows], self.call.compute_dtype
+        ops, given = self.call.ops, (self.weight, self.bias, self.spec)
+        if self.known:
+            return ops.norm_apply(x, statistics, *given, dtype, residual=residual, out=out)
+        return ops.norm_forward(x, *given, statistics, dtype, residual=residual, out=out)
 
     def backward(
-        self, dy: Tensor, x: Tensor, statistics: Tensor, grads: WeightGrads, need_dx: bool = True
-    ) -> Tensor | None:
-        """The gradient of x in the statistics' dtype; adds to those of weight and bias."""
-        weight_name = f"{self.name}.weight"
-        dx, dweight = norm_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        rows: slice,
+        grads: WeightGrads,
+        *,
+        residual: Tensor | None = None,
+        dx: Tensor | None = None,
+        normed: Tensor | None = None,
+    ) -> None:
+        """Write the gradient of x, and the normalised rows again; add to those of the parameters.
+
+        Args:
+            dy: `[rows, width]`.
+            x: `[rows, width]`.
+            rows: which rows these are.
+            grads: where the parameters' gradients go.
+            residual: added to dx.
+            dx: written; None where it is not wanted.
+            normed: written; None where it is not wanted.
+        """
+        assert self.statistics is not None
+        dweight, dbias = self.call.ops.norm_backward(
             dy,
             x,
-            statistics,
+            self.statistics[:, rows],
             self.weight,
-            offset=self.spec.norm_offset,
-            need_dx=need_dx,
-            need_dweight=weight_name in grads.wanted,
+            self.bias,
+            self.spec,
+            residual=residual,
+            dx=dx,
+            normed=normed,
+            need_dweight=f"{self.name}.weight" in grads.wanted,
+            need_dbias=f"{self.name}.bias" in grads.wanted,
         )
-        grads.add(weight_name, dweight)
-        grads.rows(f"{self.name}.bias", dy)
-        return dx
+        grads.add(f"{self.name}.weight", dweight)
+        grads.add(f"{self.name}.bias", dbias)
 
 
 class Branch:
@@ -234,14 +297,22 @@ class Branch:
         weights: the block's weights, cast.
         half: `"attn"` or `"ffn"`.
         seed: for dropout, or None.
+        kept: what an earlier pass kept.
     """
 
-    def __init__(self, call: Call, weights: Weights, half: str, seed: Tensor | None) -> None:
+    def __init__(
+        self,
+        call: Call,
+        weights: Weights,
+        half: str,
+        seed: Tensor | None,
+        kept: Mapping[str, Tensor],
+    ) -> None:
         self.name = OUT_PROJECTION[half]
         self.weight = weights[f"{self.name}.weight"]
         self.bias = weights.get(f"{self.name}.bias")
         self.post = (
-            NormUse(call.spec, weights, f"{half}_post_norm") if call.spec.post_norm else None
+            NormUse(call, weights, f"{half}_post_norm", kept) if call.spec.post_norm else None
         )
         self.p = call.spec.residual_dropout if call.dropout else 0.0
         self.seed = seed
@@ -251,52 +322,42 @@ class Branch:
         """`x W^T + b`, `[rows, h]`."""
         return matmul_transposed(x, self.weight, self.bias)
 
-    def forward(self, residual: Tensor, x: Tensor, first_row: int, out: Tensor) -> None:
+    def forward(self, residual: Tensor, x: Tensor, rows: slice, out: Tensor) -> None:
         """Write the half's output for some rows, where no norm follows the projection.
 
         Args:
             residual: `[rows, h]`.
             x: `[rows, in]`, the projection's input.
-            first_row: number of the first row.
+            rows: which rows these are.
             out: `[rows, h]`, written.
         """
-        self.add(residual, self.project(x), None, first_row, out)
-
-    def add(
-        self,
-        residual: Tensor,
-        projected: Tensor,
-        statistics: Tensor | None,
-        first_row: int,
-        out: Tensor,
-    ) -> None:
-        """Write `residual + dropout(post_norm(projected))` into `out`; `projected` stays."""
-        y = projected
-        if self.post is not None:
-            assert statistics is not None
-            y = self.post.apply(y, statistics)
         if self.p:
-            assert self.seed is not None
-            y = y.clone() if y is projected else y
-            dropout_rows_(y, self.seed, self.p, first_row, self.site)
-        torch.add(residual, y, out=out)
+            torch.add(residual, self._drop(self.project(x), rows), out=out)
+        else:
+            linear_add(residual, x, self.weight, self.bias, out)
+
+    def add(self, residual: Tensor, projected: Tensor, rows: slice, out: Tensor) -> None:
+        """Write `residual + dropout(post_norm(projected))` into `out`; `projected` stays."""
+        assert self.post is not None
+        if self.p:
+            torch.add(residual, self._drop(self.post.apply(projected, rows), rows), out=out)
+        else:
+            self.post.apply(projected, rows, residual=residual, out=out)
+
+    def _drop(self, y: Tensor, rows: slice) -> Tensor:
+        """Dropout in place, forward or backward."""
+        assert self.seed is not None
+        return dropout_rows_(y, self.seed, self.p, rows.start, self.site)
 
     def backward(
-        self,
-        dz: Tensor,
-        projected: Tensor | None,
-        statistics: Tensor | None,
-        first_row: int,
-        needs: Needs,
-        grads: WeightGrads,
+        self, dz: Tensor, projected: Tensor | None, rows: slice, needs: Needs, grads: WeightGrads
     ) -> Tensor | None:
         """Back through dropout and post-norm, to the output of the projection.
 
         Args:
             dz: `[rows, h]`, the gradient of the half's output; only read.
             projected: `[rows, h]`, what the post-norm read, if there is one.
-            statistics: of the post-norm.
-            first_row: number of the first row.
+            rows: which rows these are.
             needs: what the half has to give.
             grads: where the gradients of post-norm and bias go.
 
@@ -305,13 +366,12 @@ class Branch:
         """
         dy = dz.to(self.weight.dtype)
         if self.p:
-            assert self.seed is not None
-            dy = dy.clone() if dy is dz else dy
-            dropout_rows_(dy, self.seed, self.p, first_row, self.site)
+            dy = self._drop(dy.clone() if dy is dz else dy, rows)
         if self.post is not None:
-            assert projected is not None and statistics is not None
-            dprojected = self.post.backward(dy, projected, statistics, grads, needs.branch)
-            dy = dy if dprojected is None else dprojected.to(self.weight.dtype)
+            assert projected is not None
+            dprojected = torch.empty_like(dy) if needs.branch else None
+            self.post.backward(dy, projected, rows, grads, dx=dprojected)
+            dy = dy if dprojected is None else dprojected
         if not needs.branch:
             return None
         grads.rows(f"{self.name}.bias", dy)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Set
 import torch
 from torch import Tensor
 
-from backfuse.kernels.reference.activation import activation_backward, activation_forward
+from backfuse.kernels.reference.fp8 import DTYPE as FP8
 
 from .call import Branch, Call, Inputs, NormUse, Projections, WeightGrads, Weights
 from .keep import Needs
@@ -43,25 +43,26 @@ class FFNHalf:
         else:
             names = ["gate", "up"] if spec.gated else ["up"]
         self.ups = Projections([f"mlp.{name}_proj" for name in names], weights)
-        self.norm = NormUse(spec, weights, "ffn_norm") if spec.pre_norm else None
-        self.branch = Branch(call, weights, "ffn", inputs.seed)
+        self.activation = (spec.hidden_act, spec.gated)
+        self.norm = NormUse(call, weights, "ffn_norm", kept) if spec.pre_norm else None
+        self.branch = Branch(call, weights, "ffn", inputs.seed, kept)
 
-    def _normed(self, mid: Tensor, statistics: Tensor | None) -> Tensor:
+    def _normed(self, mid: Tensor, rows: slice) -> Tensor:
         """The normalised input of a chunk, in the compute dtype."""
-        if self.norm is not None:
-            assert statistics is not None
-            mid = self.norm.apply(mid, statistics)
-        return mid.to(self.call.compute_dtype)
+        if self.norm is None:
+            return mid.to(self.call.compute_dtype)
+        return self.norm.apply(mid, rows)
 
-    def _scratch(self, like: Tensor, width: int) -> Tensor:
-        """One chunk's worth of scratch, reused for all chunks."""
-        rows = min(self.call.chunk_size, like.shape[0])
-        return like.new_empty(rows, width, dtype=self.call.compute_dtype)
+    def _up(self, normed: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor | None], str, bool]:
+        """The arguments that the operations on the first projections share."""
+        return (normed, self.ups.weights, self.ups.biases, *self.activation)
 
     def forward(
         self, mid: Tensor, keep: Set[str] = frozenset()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The half's output, the first time or again: what was kept is read, not computed.
+
+        A preact kept in eight bits is not read here: the output has to be the first one's.
 
         Args:
             mid: `[tokens, h]`.
@@ -70,49 +71,43 @@ class FFNHalf:
         Returns:
             z `[tokens, h]`, and what is kept.
         """
-        call, spec, post = self.call, self.spec, self.branch.post
-        widths = {"preact": spec.preact_size, "ffn_branch": spec.hidden_size}
+        call, spec, kept, ops = self.call, self.spec, self.kept, self.call.ops
+        compute = call.compute_dtype
+        layout = {
+            "preact": (spec.preact_size, FP8 if "preact_scales" in keep else compute),
+            "preact_scales": (spec.preact_scales, torch.float32),
+            "ffn_branch": (spec.hidden_size, compute),
+        }
         out = {
-            name: mid.new_empty(len(mid), width, dtype=call.compute_dtype)
-            for name, width in widths.items()
+            name: mid.new_empty(len(mid), width, dtype=dtype)
+            for name, (width, dtype) in layout.items()
             if name in keep
         }
-        stats: dict[str, list[Tensor]] = {"ffn_norm_stats": [], "ffn_post_norm_stats": []}
-        scratch = self._scratch(mid, spec.preact_size)
         z = torch.empty_like(mid)
         for rows in call.chunks():
-            part, projected = mid[rows], None
-            if "ffn_branch" in self.kept:
-                projected = self.kept["ffn_branch"][rows]
+            part = mid[rows]
+            if "ffn_branch" in kept:
+                self.branch.add(part, kept["ffn_branch"][rows], rows, z[rows])
+                continue
+            if "preact" in kept and "preact_scales" not in kept:
+                hidden = ops.activation_forward(kept["preact"][rows], *self.activation)
             else:
-                target = out["preact"][rows] if "preact" in out else scratch[: len(part)]
-                preact, statistics = self._preact(part, rows, target)
-                hidden = activation_forward(preact, spec.hidden_act, spec.gated)
-                stats["ffn_norm_stats"].append(statistics)
-                if post is None:
-                    self.branch.forward(part, hidden, rows.start, z[rows])
-                    continue
-                projected = self.branch.project(hidden)
-            assert post is not None
-            statistics = post.statistics(projected)
-            stats["ffn_post_norm_stats"].append(statistics)
-            self.branch.add(part, projected, statistics, rows.start, z[rows])
+                hidden = ops.ffn_up(
+                    *self._up(self._normed(part, rows)),
+                    preact=out["preact"][rows] if "preact" in out else None,
+                    scales=out["preact_scales"][rows] if "preact_scales" in out else None,
+                )
+            if self.branch.post is None:
+                self.branch.forward(part, hidden, rows, z[rows])
+                continue
+            projected = self.branch.project(hidden)
+            self.branch.add(part, projected, rows, z[rows])
             if "ffn_branch" in out:
                 out["ffn_branch"][rows] = projected
-        for name, parts in stats.items():
-            if name in keep:
-                out[name] = torch.cat(parts, -1)
+        for name, norm in (("ffn_norm_stats", self.norm), ("ffn_post_norm_stats", self.branch.post)):
+            if name in keep and norm is not None and norm.statistics is not None:
+                out[name] = norm.statistics
         return z, out
-
-    def _preact(self, mid: Tensor, rows: slice, target: Tensor) -> tuple[Tensor, Tensor]:
-        """A chunk's pre-activation (kept, or made in `target`) and its norm's statistics."""
-        statistics = mid.new_empty(1, len(mid))
-        if self.norm is not None:
-            stats = self.kept.get("ffn_norm_stats")
-            statistics = self.norm.statistics(mid) if stats is None else stats[:, rows]
-        if "preact" in self.kept:
-            return self.kept["preact"][rows], statistics
-        return self.ups.forward(self._normed(mid, statistics), target), statistics
 
     def backward(
         self, mid: Tensor | None, dz: Tensor, needs: Needs, grads: WeightGrads
@@ -128,61 +123,96 @@ class FFNHalf:
         Returns:
             `[tokens, h]` in dz's dtype, or None where mid wants none.
         """
-        spec, kept, post = self.spec, self.kept, self.branch.post
+        call, spec, kept = self.call, self.spec, self.kept
         dmid = torch.empty_like(dz) if needs.input else None
-        scratch = self._scratch(dz, spec.preact_size)
+        chunk = min(call.chunk_size, len(dz))
+        scratch = dz.new_empty(chunk, spec.preact_size, dtype=call.compute_dtype)
+        post = self.branch.post
         reads_preact = needs.inner or needs.out or (post is not None and "ffn_branch" not in kept)
-        rebuild = reads_preact and "preact" not in kept
-        for rows in self.call.chunks():
+        for rows in call.chunks():
             # [chunk, ...] each, and None where no wanted gradient reads it
             part = None if mid is None else mid[rows]
-            stats = kept["ffn_norm_stats"][:, rows] if "ffn_norm_stats" in kept else None
-            target = scratch[: rows.stop - rows.start]
-            normed = preact = projected = post_stats = None
-            if part is not None and (rebuild or needs.projections):
-                normed = self._normed(part, stats)
-            if normed is not None and rebuild:
-                preact = self.ups.forward(normed, target)
-            elif reads_preact:
-                preact = kept["preact"][rows]
+            dpreact = scratch[: rows.stop - rows.start]
+            preact = kept["preact"][rows] if reads_preact and "preact" in kept else None
+            scales = kept["preact_scales"][rows] if "preact_scales" in kept else None
+            normed = hidden = projected = None
+            if part is not None and reads_preact and preact is None:
+                normed = self._normed(part, rows)
             if post is not None:
-                post_stats = kept["ffn_post_norm_stats"][:, rows]
-                projected = self._projected(rows, preact)
-            dy = self.branch.backward(dz[rows], projected, post_stats, rows.start, needs, grads)
-            if dy is None or preact is None:
+                if normed is None:
+                    projected = kept["ffn_branch"][rows]
+                else:
+                    preact = dpreact
+                    hidden = call.ops.ffn_up(*self._up(normed), preact=preact)
+                    projected = self.branch.project(hidden)
+            dy = self.branch.backward(dz[rows], projected, rows, needs, grads)
+            if dy is None or not (needs.inner or needs.out):
                 continue
-            if not self._backward_activation(dy, preact, target, needs, grads):
-                continue
-            self.ups.backward_weights(target, normed if needs.projections else None, grads)
-            if not (needs.input or needs.norm):
-                continue
-            dpart: Tensor | None = self.ups.backward_input(target)
-            if self.norm is not None:
-                assert dpart is not None and part is not None and stats is not None
-                dpart = self.norm.backward(dpart, part, stats, grads, needs.input)
-            if dmid is not None and dpart is not None:
-                torch.add(dz[rows], dpart, out=dmid[rows])
+            if needs.inner:
+                hidden = self._backward_activation(dy, normed, preact, scales, dpreact, needs, grads)
+            elif hidden is None and preact is not None:
+                hidden = call.ops.activation_forward(preact, *self.activation, scales, dy.dtype)
+            elif hidden is None:
+                hidden = call.ops.ffn_up(*self._up(normed))
+            if needs.out:
+                self.branch.backward_weight(dy, hidden, grads)
+            if needs.inner:
+                hidden = None
+                dpart = None if dmid is None else dmid[rows]
+                self._backward_input(dpreact, part, normed, dz[rows], dpart, rows, needs, grads)
         return dmid
 
-    def _projected(self, rows: slice, preact: Tensor | None) -> Tensor:
-        """What the post-norm read in a chunk: kept, or made from the pre-activation."""
-        if "ffn_branch" in self.kept:
-            return self.kept["ffn_branch"][rows]
-        assert preact is not None
-        hidden = activation_forward(preact, self.spec.hidden_act, self.spec.gated)
-        return self.branch.project(hidden)
-
     def _backward_activation(
-        self, dy: Tensor, preact: Tensor, target: Tensor, needs: Needs, grads: WeightGrads
-    ) -> bool:
-        """Down projection and activation; whether `target` now holds preact's gradient."""
-        spec = self.spec
-        if not needs.inner:
-            hidden = activation_forward(preact, spec.hidden_act, spec.gated)
-            self.branch.backward_weight(dy, hidden, grads)
-            return False
-        dhidden = self.branch.backward_input(dy)
-        hidden = activation_backward(dhidden, preact, spec.hidden_act, spec.gated, target)
-        if needs.out:
-            self.branch.backward_weight(dy, hidden, grads)
-        return True
+        self,
+        dy: Tensor,
+        normed: Tensor | None,
+        preact: Tensor | None,
+        scales: Tensor | None,
+        dpreact: Tensor,
+        needs: Needs,
+        grads: WeightGrads,
+    ) -> Tensor | None:
+        """Down projection and activation: writes dpreact, gives the hidden."""
+        wanted = {"need_hidden": needs.out, "need_dbias": self.ups.want_biases(grads)}
+        down = self.branch.weight
+        if preact is None:
+            hidden, dbias = self.call.ops.ffn_recompute_dact(
+                *self._up(normed), dy, down, dpreact, strategy=self.call.ffn_strategy, **wanted
+            )
+        else:
+            hidden, dbias = self.call.ops.ffn_dact(
+                dy, down, preact, *self.activation, dpreact, scales=scales, **wanted
+            )
+        if dbias is not None:
+            self.ups.add_biases(dbias, grads)
+        return hidden
+
+    def _backward_input(
+        self,
+        dpreact: Tensor,
+        mid: Tensor | None,
+        normed: Tensor | None,
+        dz: Tensor,
+        dmid: Tensor | None,
+        rows: slice,
+        needs: Needs,
+        grads: WeightGrads,
+    ) -> None:
+        """First projections and norm: writes dmid, adds to the weights' gradients."""
+        if needs.input or needs.norm:
+            dnormed = self.ups.backward_input(dpreact)
+            if self.norm is not None:
+                assert mid is not None
+                again = None
+                if needs.projections and normed is None:
+                    normed = again = torch.empty_like(dnormed)
+                self.norm.backward(
+                    dnormed, mid, rows, grads, residual=dz, dx=dmid, normed=again
+                )
+            elif dmid is not None:
+                torch.add(dz, dnormed, out=dmid)
+        if needs.projections:
+            if normed is None:
+                assert mid is not None
+                normed = self._normed(mid, rows)
+            self.ups.backward_weights(dpreact, normed, grads)

@@ -25,10 +25,11 @@ from torch.utils.flop_counter import (
 from backfuse.kernels.reference.attention import library_core
 from backfuse.kernels.reference.explicit_attention import AttentionMask, score_flops
 
+from .errors import nearest
 from .keep import INPUT, block_reads, half_needs
-from .memory import check_sizes, wanted_set
+from .memory import check_dtype, check_sizes, wanted_set
 from .policy import Policy, PolicyLike
-from .spec import BlockSpec
+from .spec import BlockSpec, check_spec
 
 aten = torch.ops.aten
 
@@ -73,6 +74,27 @@ class Flops:
         return self.forward + self.backward + self.recompute
 
 
+def _check_lengths(lengths: Sequence[int], batch_size: int, seq_len: int) -> None:
+    if not isinstance(lengths, Sequence):
+        raise TypeError(f"lengths is {lengths!r}, expected a sequence of integers")
+    whole = all(isinstance(length, int) and length >= 0 for length in lengths)
+    if batch_size != 1 or not whole or sum(lengths) != seq_len:
+        raise ValueError(
+            f"lengths is {list(lengths)} with a batch_size of {batch_size}, expected integers of "
+            f"at least 0 that add up to seq_len ({seq_len}) and a batch_size of 1"
+        )
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        known = ("cpu", "cuda")
+        raise ValueError(
+            f"device is {device!r}, expected {' or '.join(known)}" + nearest(device, known)
+        ) from error
+
+
 def block_flops(
     spec: BlockSpec,
     policy: PolicyLike,
@@ -101,16 +123,17 @@ def block_flops(
         training: whether dropout is active.
 
     Raises:
-        ValueError: for sizes, policies or names that do not exist.
+        TypeError: for a spec, a dtype, lengths or names that are none.
+        ValueError: for sizes, lengths, devices, policies or names that do not exist.
     """
+    check_spec(spec)
     check_sizes(batch_size, seq_len)
+    check_dtype("dtype", dtype)
+    where = _device(device)
     parsed = Policy.parse(policy)
     parsed.check_available()
-    if lengths is not None and (batch_size != 1 or min(lengths) < 0 or sum(lengths) != seq_len):
-        raise ValueError(
-            f"lengths is {list(lengths)} with a batch_size of {batch_size}, expected lengths that "
-            f"add up to seq_len ({seq_len}) and a batch_size of 1"
-        )
+    if lengths is not None:
+        _check_lengths(lengths, batch_size, seq_len)
     wanted = wanted_set(spec, requires_grad)
     tokens = batch_size * seq_len
     qkv = 2 * tokens * spec.hidden_size * spec.qkv_size
@@ -124,7 +147,7 @@ def block_flops(
         dropout=spec.attention_dropout if training else 0.0,
     )
     bias = torch.empty(0) if masked else None
-    core = library_core(mask, dtype, torch.device(device), spec.head_dim, seq_len, bias)
+    core = library_core(mask, dtype, where, spec.head_dim, seq_len, bias)
     scores = batch_size * score_flops(
         seq_len, list(lengths) if lengths else None, spec.q_size, mask, core is not None, masked
     )

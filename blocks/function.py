@@ -25,7 +25,7 @@ from .keep import INPUT, attention_reads, ffn_reads, half_needs
 from .policy import Policy, PolicyLike
 from .replay import effective_policies
 from .run import Gradients, Kept, Layer, wanted_names
-from .spec import BlockSpec
+from .spec import BlockSpec, check_spec
 
 
 class Job(Protocol):
@@ -115,7 +115,7 @@ class HalfJob:
         call, layer = self.call, self.layer
         named = cast_weights(dict(zip(layer.names, weights, strict=True)), call.compute_dtype)
         needs = half_needs(call.spec, self.half, layer.wanted, INPUT in layer.wanted)
-        grads = WeightGrads(layer.wanted)
+        grads = WeightGrads(call.ops, layer.wanted)
         if self.half == "ffn":
             dx = FFNHalf(call, named, inputs, kept).backward(kept.get("mid"), dz, needs, grads)
         else:
@@ -134,7 +134,9 @@ def _half(
 ) -> Tensor:
     parsed = Policy.parse(policy)
     parsed.check_available()
-    call, inputs = prepare(spec, hidden_states, attention=half == "attn", **options)
+    call, inputs = prepare(
+        spec, hidden_states, attention=half == "attn", lossy=parsed.lossy, **options
+    )
     weights = check_weights(weights, shapes, hidden_states)
     [parsed] = effective_policies([parsed]) or [Policy()]
     layer = Layer(parsed, tuple(weights), wanted_names(hidden_states, weights))
@@ -150,6 +152,8 @@ def ffn(
     *,
     training: bool = False,
     chunk_size: int | None = None,
+    impl: str = "auto",
+    ffn_strategy: str = "auto",
 ) -> Tensor:
     """The FFN half alone: norm, FFN and residual.
 
@@ -161,6 +165,11 @@ def ffn(
         policy: of its activations only `preact` matters here.
         training: whether dropout is active.
         chunk_size: tokens a chunk; None: the device's default.
+        impl: which operations run: `"triton"` (kernels), `"reference"` (PyTorch), or `"auto"`: the
+            kernels for bf16 and fp16 on a GPU, else the reference.
+        ffn_strategy: how the kernels rebuild a dropped `preact`: `"split"` (into scratch),
+            `"fused"` (inside the backward kernel), or `"auto"`: as measured on this device by
+            `backfuse tune`, else split.
 
     Returns:
         `[batch, seq_len, hidden_size]`, in hidden_states' dtype.
@@ -171,13 +180,15 @@ def ffn(
     """
     return _half(
         "ffn",
-        spec.ffn_parameters(),
+        check_spec(spec).ffn_parameters(),
         hidden_states,
         weights,
         spec,
         policy,
         training=training,
         chunk_size=chunk_size,
+        impl=impl,
+        ffn_strategy=ffn_strategy,
     )
 
 
@@ -193,6 +204,7 @@ def attention(
     max_seqlen: int | None = None,
     training: bool = False,
     chunk_size: int | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """The attention half alone: norm, attention, output projection and residual.
 
@@ -207,6 +219,8 @@ def attention(
         max_seqlen: see position_embeddings.
         training: whether dropout is active.
         chunk_size: tokens a chunk; None: the device's default.
+        impl: which operations run: `"triton"` (kernels), `"reference"` (PyTorch), or `"auto"`: the
+            kernels for bf16 and fp16 on a GPU, else the reference.
 
     Returns:
         `[batch, seq_len, hidden_size]`, in hidden_states' dtype.
@@ -217,7 +231,7 @@ def attention(
     """
     return _half(
         "attn",
-        spec.attention_parameters(),
+        check_spec(spec).attention_parameters(),
         hidden_states,
         weights,
         spec,
@@ -228,4 +242,5 @@ def attention(
         max_seqlen=max_seqlen,
         training=training,
         chunk_size=chunk_size,
+        impl=impl,
     )

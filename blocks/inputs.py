@@ -7,8 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from backfuse.kernels.dispatch import FFN_STRATEGIES, IMPLEMENTATIONS, operations
+
 from .call import CHUNK_SIZE, Call, Inputs
-from .spec import BlockSpec
+from .errors import nearest
+from .spec import BlockSpec, check_spec
 
 
 def _described(x: object) -> str:
@@ -27,15 +30,35 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def _check_weight_dtype(name: str, weight: Tensor, x: Tensor, autocast: bool) -> None:
+    if autocast:
+        expected = [torch.float32, torch.bfloat16, torch.float16]
+        reason = "under autocast"
+    elif "_proj." in name:
+        expected = [x.dtype]
+        reason = "the dtype of hidden_states; mixed precision is torch.autocast's business"
+    else:
+        expected = list(dict.fromkeys((x.dtype, torch.float32)))
+        reason = f"with hidden_states in {x.dtype}"
+    if weight.dtype not in expected:
+        told = " or ".join(map(str, expected))
+        raise TypeError(f"{name} is {weight.dtype}, expected {told}, {reason}")
+
+
 def check_weights(
     weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], x: Tensor
 ) -> dict[str, Tensor]:
     """The weights of a half or a block, in the order of `shapes`.
 
+    Outside autocast projections have the input's dtype, and norms that or fp32; under autocast
+    each may be fp32, bf16 or fp16.
+
     Raises:
-        TypeError: for a dtype that does not fit the input's (outside autocast).
+        TypeError: for weights that are no mapping of tensors, or a dtype that does not fit.
         ValueError: for a missing weight, a wrong shape or another device.
     """
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights is {weights!r}, expected a mapping from names to tensors")
     autocast = _autocast_dtype(x) is not None
     for name, shape in shapes.items():
         if name not in weights:
@@ -49,11 +72,7 @@ def check_weights(
             raise ValueError(
                 f"{name} is on {weight.device}, expected the device of hidden_states ({x.device})"
             )
-        if weight.dtype != x.dtype and not autocast and "_proj." in name:
-            raise TypeError(
-                f"{name} is {weight.dtype}, expected the dtype of hidden_states ({x.dtype}); "
-                "mixed precision is torch.autocast's business"
-            )
+        _check_weight_dtype(name, weight, x, autocast)
     return {name: weights[name] for name in shapes}
 
 
@@ -190,6 +209,9 @@ def prepare(
     max_seqlen: int | None = None,
     training: bool = False,
     chunk_size: int | None = None,
+    impl: str = "auto",
+    ffn_strategy: str = "auto",
+    lossy: bool = False,
     layers: int = 1,
     attention: bool = True,
 ) -> tuple[Call, Inputs]:
@@ -204,6 +226,9 @@ def prepare(
         max_seqlen: the longest of them, which spares a GPU a host synchronisation.
         training: whether dropout is active.
         chunk_size: tokens a chunk; None: the device's default.
+        impl: `"auto"`, `"triton"` or `"reference"` (see `kernels/dispatch.py`).
+        ffn_strategy: `"auto"`, `"split"` or `"fused"` (see `kernels/ffn_recompute.py`).
+        lossy: whether something is kept in eight bits.
         layers: how many layers the call runs through: each drops out with a seed of its own.
         attention: whether the call has an attention half.
 
@@ -211,6 +236,7 @@ def prepare(
         TypeError: for something of the wrong kind or dtype.
         ValueError: for a shape, device or value that does not fit.
     """
+    check_spec(spec)
     x = check_hidden_states(hidden_states, spec)
     if attention_mask is not None and cu_seqlens is not None:
         raise ValueError("attention_mask and cu_seqlens are both given, expected one of them")
@@ -220,6 +246,7 @@ def prepare(
         raise ValueError(
             f"max_seqlen is {max_seqlen!r}, expected a positive integer, together with cu_seqlens"
         )
+    check_impl(impl, ffn_strategy)
     chunk_size = check_chunk_size(chunk_size)
     if chunk_size is None:
         chunk_size = CHUNK_SIZE.get(x.device.type, CHUNK_SIZE["cuda"])
@@ -236,16 +263,31 @@ def prepare(
         # Drawn from PyTorch's generator: torch.manual_seed and an outer checkpoint's RNG state
         # govern it, and a CUDA graph draws anew at each replay.
         seed = torch.randint(2**63 - 1, (layers,), device=x.device, dtype=torch.int64)
+    compute_dtype = _autocast_dtype(x) or x.dtype
+    width = max(spec.hidden_size, spec.q_size)
     call = Call(
         spec=spec,
         batch_size=x.shape[0],
         seq_len=x.shape[1],
-        compute_dtype=_autocast_dtype(x) or x.dtype,
+        compute_dtype=compute_dtype,
         chunk_size=chunk_size,
+        ops=operations(impl, x.device, compute_dtype, width, lossy),
+        ffn_strategy=ffn_strategy,
         dropout=dropout,
         max_seqlen=max_seqlen,
     )
     return call, Inputs(cos, sin, attention_mask, cu_seqlens, seed)
+
+
+def check_impl(impl: str, ffn_strategy: str = "auto") -> None:
+    """Raise a ValueError unless these are names of implementations and of FFN strategies."""
+    names = (("impl", impl, IMPLEMENTATIONS), ("ffn_strategy", ffn_strategy, FFN_STRATEGIES))
+    for name, value, options in names:
+        if value not in options:
+            raise ValueError(
+                f"{name} is {value!r}, expected one of {', '.join(options)}"
+                + nearest(value, options)
+            )
 
 
 def check_chunk_size(chunk_size: int | None) -> int | None:

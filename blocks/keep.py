@@ -12,7 +12,8 @@ Kept tensors and their shapes, for `n` tokens:
     mid               [n, h]        in the residual's dtype
     attn_branch       [n, h]        with a post-norm, in place of mid: the output projection
                                     before that norm; mid is rebuilt from it without a GEMM
-    preact            [n, 2f or f]
+    preact            [n, 2f or f]  in e4m3 if the action is fp8
+    preact_scales     [n, tiles]    with a preact in e4m3: fp32, one a 1 x 128 tile
     ffn_branch        [n, h]        with a post-norm, beside preact: the down projection before
                                     that norm
     <norm>_stats      [1 or 2, n]   rstd (and mean) of each norm that is read again, fp32
@@ -112,6 +113,8 @@ def ffn_reads(spec: BlockSpec, policy: Policy, needs: Needs) -> Reads:
     rebuilt: set[str] = set()
     if policy.keeps("preact"):
         kept = read
+    elif policy.preact == "fp8":
+        kept = read | ({"preact_scales"} if "preact" in read else set())
     elif read:
         rebuilt = read | {"preact"}
     normed = needs.projections or bool(rebuilt)

@@ -15,22 +15,30 @@ from backfuse.kernels.reference.norm import accumulate_dtype
 
 from .keep import INPUT, block_reads
 from .policy import Policy, PolicyLike
-from .spec import BlockSpec
+from .spec import BlockSpec, check_spec
+
+#: What a block computes in.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def wanted_set(spec: BlockSpec, requires_grad: bool | Collection[str]) -> frozenset[str]:
     """Names that want a gradient, from what a user says of them.
 
     Raises:
+        TypeError: for something else than names.
         ValueError: for a name that is neither a parameter nor `hidden_states`.
     """
     known = {INPUT, *spec.parameters()}
     if isinstance(requires_grad, bool):
         return frozenset(known if requires_grad else ())
+    if isinstance(requires_grad, str) or not isinstance(requires_grad, Collection):
+        raise TypeError(
+            f"requires_grad is {requires_grad!r}, expected True, False or a collection of names"
+        )
     unknown = set(requires_grad) - known
     if unknown:
         raise ValueError(
-            f"requires_grad names {sorted(unknown)}, expected names among {sorted(known)}"
+            f"requires_grad names {sorted(unknown, key=repr)}, expected names among {sorted(known)}"
         )
     return frozenset(requires_grad)
 
@@ -40,6 +48,12 @@ def check_sizes(batch_size: int, seq_len: int) -> None:
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}, expected a positive integer")
+
+
+def check_dtype(name: str, dtype: object) -> None:
+    """Raise a TypeError unless a block can compute in `dtype`."""
+    if dtype not in DTYPES:
+        raise TypeError(f"{name} is {dtype!r}, expected one of {', '.join(map(str, DTYPES))}")
 
 
 def kept_bytes(
@@ -72,9 +86,14 @@ def kept_bytes(
         statistics and `seed`. `sum(result.values())` is the total.
 
     Raises:
+        TypeError: for a spec, a dtype or names that are none.
         ValueError: for sizes, policies or names that do not exist.
     """
+    check_spec(spec)
     check_sizes(batch_size, seq_len)
+    check_dtype("dtype", dtype)
+    if autocast_dtype is not None:
+        check_dtype("autocast_dtype", autocast_dtype)
     parsed = Policy.parse(policy)
     parsed.check_available()
     wanted = wanted_set(spec, requires_grad)
@@ -88,7 +107,8 @@ def kept_bytes(
         "qkv": spec.qkv_size * compute.itemsize,
         "attn_out": spec.q_size * compute.itemsize,
         "mid": spec.hidden_size * dtype.itemsize,
-        "preact": spec.preact_size * compute.itemsize,
+        "preact": spec.preact_size * (1 if parsed.preact == "fp8" else compute.itemsize),
+        "preact_scales": spec.preact_scales * torch.float32.itemsize,
         "attn_branch": spec.hidden_size * compute.itemsize,
         "ffn_branch": spec.hidden_size * compute.itemsize,
         "lse": spec.num_attention_heads * accumulate_dtype(compute).itemsize,

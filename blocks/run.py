@@ -83,7 +83,7 @@ class LayerPass:
     def backward(self, x: Tensor | None, dz: Tensor | None) -> Gradients:
         """The gradient of the input, and those of the weights; None where not wanted."""
         call, layer = self.call, self.layer
-        grads = WeightGrads(layer.wanted)
+        grads = WeightGrads(call.ops, layer.wanted)
         attn_needs = half_needs(call.spec, "attn", layer.wanted, INPUT in layer.wanted)
         ffn_needs = half_needs(call.spec, "ffn", layer.wanted, attn_needs.anything)
         dx = None

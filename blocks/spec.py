@@ -10,10 +10,14 @@ and so have the parameters: a Hugging Face layer's `state_dict` loads as it is.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from backfuse.kernels.reference.activation import ACTIVATIONS
+from backfuse.kernels.reference.fp8 import scale_count
+from backfuse.kernels.reference.norm import NormSpec
+from backfuse.kernels.reference.qk_rope import QKSpec
 
 from .errors import nearest
 
@@ -162,6 +166,11 @@ class BlockSpec:
                 )
             self._resolve("head_dim", self.hidden_size // self.num_attention_heads)
         if self.rotary_dim is None:
+            if self.rope and self.head_dim % 2:
+                raise ValueError(
+                    f"head_dim is {self.head_dim}, expected an even number: rotary embeddings turn "
+                    "pairs of channels; or give rotary_dim"
+                )
             self._resolve("rotary_dim", self.head_dim)
         if self.rope and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
             raise ValueError(
@@ -216,6 +225,7 @@ class BlockSpec:
             layer_idx: which layer, for models whose layers differ (sliding and full attention).
 
         Raises:
+            TypeError: for a layer_idx that is no integer.
             ValueError: for a family or a setting that a block cannot represent, saying which.
         """
         from .adapters.hf_config import spec_fields
@@ -243,6 +253,11 @@ class BlockSpec:
         return self.intermediate_size * (2 if self.gated else 1)
 
     @property
+    def preact_scales(self) -> int:
+        """Scales of a token whose pre-activation is kept in eight bits."""
+        return scale_count(self.intermediate_size) * (2 if self.gated else 1)
+
+    @property
     def pre_norm(self) -> bool:
         """Whether a norm stands before each half."""
         return self.norm_position != "post"
@@ -251,6 +266,19 @@ class BlockSpec:
     def post_norm(self) -> bool:
         """Whether a norm stands on each half's output."""
         return self.norm_position != "pre"
+
+    @cached_property
+    def norm_spec(self) -> NormSpec:
+        """How this block's norms compute."""
+        return NormSpec(self.norm, self.norm_eps, self.norm_offset, bool(self.norm_round_first))
+
+    @cached_property
+    def qk_spec(self) -> QKSpec:
+        """What is done to q and k before the attention: qk-norm is an RMSNorm in any family."""
+        norm = replace(self.norm_spec, kind="rmsnorm")
+        return QKSpec(
+            self.q_size, self.kv_size, self.head_dim, self.rope or "half", self.qk_norm, norm
+        )
 
     @property
     def norm_names(self) -> dict[str, str]:
@@ -311,3 +339,10 @@ class BlockSpec:
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter of the block."""
         return {**self.attention_parameters(), **self.ffn_parameters()}
+
+
+def check_spec(spec: object) -> BlockSpec:
+    """The spec; a TypeError unless it is a `BlockSpec`."""
+    if not isinstance(spec, BlockSpec):
+        raise TypeError(f"spec is {spec!r}, expected a BlockSpec")
+    return spec

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .block import TransformerBlock
 from .function import run_job
-from .inputs import check_chunk_size, check_weights, prepare
+from .inputs import check_chunk_size, check_impl, check_weights, prepare
 from .keep import INPUT
 from .policy import Policy, PolicyLike
 from .replay import effective_policies
@@ -116,6 +116,8 @@ class BlockStack(nn.Module):
             such as `(4, 4)`, nested ones such as `((2, 2), 4)`; None: as the policies say, a
             layer with `x="recompute"` joining the segment of the layer before it.
         chunk_size: see `TransformerBlock`.
+        impl: see `TransformerBlock`.
+        ffn_strategy: see `TransformerBlock`.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -131,6 +133,8 @@ class BlockStack(nn.Module):
         *,
         segments: Segments | None = None,
         chunk_size: int | None = None,
+        impl: str = "auto",
+        ffn_strategy: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -139,6 +143,8 @@ class BlockStack(nn.Module):
             raise ValueError(f"num_layers is {num_layers!r}, expected a positive integer")
         self.spec = spec
         self.chunk_size = check_chunk_size(chunk_size)
+        check_impl(impl, ffn_strategy)
+        self.impl, self.ffn_strategy = impl, ffn_strategy
         policies, parts = self._parse(policy, segments, num_layers)
         self.layers = nn.ModuleList(
             TransformerBlock(spec, chunk_size=chunk_size, device=device, dtype=dtype)
@@ -202,6 +208,9 @@ class BlockStack(nn.Module):
             max_seqlen=max_seqlen,
             training=self.training,
             chunk_size=self.chunk_size,
+            impl=self.impl,
+            ffn_strategy=self.ffn_strategy,
+            lossy=any(block.policy.lossy for block in self._blocks()),
             layers=len(self.layers),
         )
         blocks = list(self._blocks())

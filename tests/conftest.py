@@ -1,5 +1,10 @@
-"""What every test gets: a clean import path, a seed, and the `gpu` marker."""
+"""What every test gets: a clean import path, a seed, the `gpu` marker, kernels that run.
 
+Without a CUDA device the Triton kernels run under Triton's interpreter, on CPU tensors.
+"""
+
+import importlib.util
+import os
 import random
 import sys
 from pathlib import Path
@@ -12,6 +17,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # `python -m pytest` puts the checkout first on the path, where kernels/ would shadow
 # Hugging Face's package of that name.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+# Before anything imports triton: the variable is read when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import interpreted
+
+    interpreted.install()
+
+#: Where the kernels run.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -33,6 +33,7 @@ FAMILIES = {
     "geglu-layernorm-post": BlockSpec(
         32, 48, 4, 2, norm="layernorm", norm_position="both", hidden_act="gelu", up_bias=True,
     ),
+    "odd-sizes": BlockSpec(30, 45, 3, 1, head_dim=10, qkv_bias=True),
 }  # fmt: skip
 
 #: All sixteen ways to keep or recompute the four activations of a block.
@@ -40,6 +41,9 @@ POLICIES = [
     dict(zip(ACTIVATION_NAMES[1:], actions, strict=True))
     for actions in itertools.product(("keep", "recompute"), repeat=4)
 ]
+
+#: The same with preact in eight bits: not lossless.
+FP8_POLICIES = [{**policy, "preact": "fp8"} for policy in POLICIES if policy["preact"] == "keep"]
 
 #: Which of a block's parameters are frozen, and whether its input needs a gradient.
 FROZEN = {

@@ -18,6 +18,7 @@ from backfuse.kernels.reference.explicit_attention import (
     explicit_backward,
     explicit_forward,
 )
+from backfuse.kernels.reference.norm import accumulate_dtype
 
 
 def visible(tokens, mask, bounds):
@@ -55,6 +56,17 @@ def plain(q, k, v, mask, bias=None, bounds=None, seed=None):
     return torch.einsum("bhij,bjhd->bihd", weights, v)
 
 
+def rowsum(out, dout):
+    """delta `[batch, heads, tokens]`, in the dtype sums are taken in."""
+    high = accumulate_dtype(out.dtype)
+    return (out.to(high) * dout.to(high)).sum(-1).transpose(1, 2)
+
+
+def explicit(dout, q, k, v, out, lse, mask, *, delta, **options):
+    """`explicit_backward` with the arguments of `attention_backward`."""
+    return explicit_backward(dout, q, k, v, lse, mask, delta, **options)
+
+
 def check(q, k, v, mask, *, bias=None, bounds=None, seed=None, forward, backward):
     """Outputs and gradients within twice the error of plain PyTorch in the same dtype."""
     dtype, dout = q.dtype, torch.randn_like(q)
@@ -68,7 +80,8 @@ def check(q, k, v, mask, *, bias=None, bounds=None, seed=None, forward, backward
     exact, theirs = through_autograd(torch.float64), through_autograd(dtype)
     options = {"bias": bias, "cu_seqlens": cu_seqlens, "seed": seed}
     out, lse = forward(q, k, v, mask, **options)
-    ours = [out, *backward(dout, q, k, v, out, lse, mask, **options)]
+    delta = rowsum(out, dout)
+    ours = [out, *backward(dout, q, k, v, out, lse, mask, delta=delta, **options)]
     # dS is a difference of dP and delta, which may cancel: that is the size rounding acts on.
     size = (dout.double().abs() * exact[0].detach().abs()).sum(-1).max() * mask.scale
     scales = [0.0, *(float(size * x.abs().max()) for x in (k, q)), 0.0]
@@ -107,7 +120,7 @@ def test_explicit(name, kv_heads, packed, dtype, monkeypatch, poisoned_empty):
     q, k, v = heads(1 if packed else 2, 53, 6, kv_heads, 8, dtype)
     check(
         q, k, v, MASKS[name], bounds=bounds, seed=torch.tensor([77]),
-        forward=explicit_forward, backward=explicit_backward,
+        forward=explicit_forward, backward=explicit,
     )  # fmt: skip
 
 
@@ -140,7 +153,10 @@ def test_rows_that_see_nothing_are_zero_and_harmless():
     bias[..., 3:6, :] = False
     out, lse = attention_forward(q, k, v, AttentionMask(), bias=bias)
     assert (out[:, 3:6] == 0).all() and (lse[:, :, 3:6] == float("-inf")).all()
-    grads = attention_backward(torch.randn_like(q), q, k, v, out, lse, AttentionMask(), bias=bias)
+    dout = torch.randn_like(q)
+    grads = attention_backward(
+        dout, q, k, v, out, lse, AttentionMask(), delta=rowsum(out, dout), bias=bias
+    )
     assert (grads[0][:, 3:6] == 0).all() and all(g.isfinite().all() for g in grads)
 
 
@@ -186,6 +202,6 @@ def test_explicit_on_any_packing(cuts, window, causal, group, block):
     mask = AttentionMask(causal=causal, window=window, scale=0.5)
     before, module.BLOCK = module.BLOCK, block
     try:
-        check(q, k, v, mask, bounds=bounds, forward=explicit_forward, backward=explicit_backward)
+        check(q, k, v, mask, bounds=bounds, forward=explicit_forward, backward=explicit)
     finally:
         module.BLOCK = before

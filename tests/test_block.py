@@ -111,7 +111,7 @@ def test_gradcheck(family, policy):
     assert torch.autograd.gradcheck(run, (x, *block.parameters()), fast_mode=True)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "olmo2"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("policy", ["keep", "full"])
 def test_gradcheck_of_the_halves(family, policy):
     spec = FAMILIES[family]

@@ -59,11 +59,31 @@ def test_packed_and_masked(window):
         ({"lengths": [1, 2, 3]}, r"lengths is \[1, 2, 3\].*seq_len \(60\)"),
         ({"lengths": [-5, 65]}, "lengths is"),
         ({"lengths": [60], "batch_size": 2}, "batch_size of 2"),
+        ({"lengths": []}, r"lengths is \[\].*seq_len \(60\)"),
+        ({"lengths": [56, 4.0]}, r"lengths is \[56, 4.0\].*expected integers"),
+        ({"device": "cdua"}, "device is 'cdua', expected cpu or cuda; did you mean 'cuda'"),
+        ({"device": None}, "device is None, expected cpu or cuda"),
     ],
 )
 def test_bad_arguments(arguments, message):
     defaults = {"spec": BlockSpec(8, 16, 2), "policy": "full", "batch_size": 1, "seq_len": 60}
     with pytest.raises(ValueError, match=message):
+        block_flops(**{**defaults, **arguments})
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"spec": None}, "spec is None, expected a BlockSpec"),
+        ({"dtype": "bf16"}, "dtype is 'bf16', expected one of torch.float32"),
+        ({"dtype": torch.int8}, "dtype is torch.int8"),
+        ({"lengths": 60}, "lengths is 60, expected a sequence of integers"),
+        ({"requires_grad": "hidden_states"}, "requires_grad is 'hidden_states'"),
+    ],
+)
+def test_arguments_of_a_wrong_kind(arguments, message):
+    defaults = {"spec": BlockSpec(8, 16, 2), "policy": "full", "batch_size": 1, "seq_len": 60}
+    with pytest.raises(TypeError, match=f"^{message}"):
         block_flops(**{**defaults, **arguments})
 
 

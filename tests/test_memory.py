@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from families import FAMILIES, FROZEN, POLICIES, held_bytes, make_block, make_input
+from families import (
+    FAMILIES,
+    FP8_POLICIES,
+    FROZEN,
+    POLICIES,
+    held_bytes,
+    make_block,
+    make_input,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +48,7 @@ def test_to_the_byte(family, frozen, input_grad):
         x, _ = make_input(spec, dtype=dtype, seq_len=33, requires_grad=input_grad)
         block = make_block(spec, dtype=dtype, frozen=frozen)
         angles = angles_for(spec, 33, dtype)
-        for policy in POLICIES:
+        for policy in [*POLICIES, *FP8_POLICIES[::3]]:
             block.policy = policy
             predicted = kept_bytes(
                 spec, policy, batch_size=2, seq_len=33, dtype=dtype, autocast_dtype=autocast,
@@ -61,7 +69,7 @@ def test_to_the_byte(family, frozen, input_grad):
     position=st.sampled_from(["pre", "post", "both"]),
     norm=st.sampled_from(["rmsnorm", "layernorm"]),
     gated=st.booleans(),
-    policy=st.sampled_from(POLICIES),
+    policy=st.sampled_from(POLICIES + FP8_POLICIES),
     tokens=st.integers(1, 80),
 )
 def test_any_shape(heads, head_dim, width, ffn, position, norm, gated, policy, tokens):
@@ -105,6 +113,7 @@ def test_names_of_what_is_kept():
         ({"policy": "fulll"}, "did you mean 'full'"),
         ({"policy": "offload"}, "not available"),
         ({"requires_grad": ["mlp.wrong"]}, "mlp.wrong"),
+        ({"requires_grad": [1, "mlp.wrong"]}, r"requires_grad names \['mlp.wrong', 1\]"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -118,6 +127,26 @@ def test_bad_arguments(arguments, message):
                 **arguments,
             }
         )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"spec": None}, "spec is None, expected a BlockSpec"),
+        ({"dtype": "bf16"}, "dtype is 'bf16', expected one of torch.float32"),
+        ({"dtype": torch.int8}, "dtype is torch.int8"),
+        ({"dtype": None}, "dtype is None"),
+        ({"autocast_dtype": "bf16"}, "autocast_dtype is 'bf16'"),
+        ({"autocast_dtype": torch.int8}, "autocast_dtype is torch.int8"),
+        ({"requires_grad": "hidden_states"}, "requires_grad is 'hidden_states', expected True, Fa"),
+        ({"requires_grad": None}, "requires_grad is None"),
+        ({"requires_grad": iter(["hidden_states"])}, "requires_grad is <list_iterator"),
+    ],
+)
+def test_arguments_of_a_wrong_kind(arguments, message):
+    defaults = {"spec": BlockSpec(8, 16, 2), "policy": "full", "batch_size": 1, "seq_len": 4}
+    with pytest.raises(TypeError, match=f"^{message}"):
+        kept_bytes(**{**defaults, **arguments})
 
 
 @pytest.mark.parametrize("packed", [False, True])

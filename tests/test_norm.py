@@ -5,7 +5,12 @@ import torch
 from families import assert_as_good_as
 from torch.nn import functional as F
 
-from backfuse.kernels.reference.norm import norm_apply, norm_backward, norm_statistics
+from backfuse.kernels.reference.norm import (
+    NormSpec,
+    norm_apply,
+    norm_backward,
+    norm_forward,
+)
 
 
 def plain(x, weight, bias, kind, eps, offset, round_first):
@@ -39,30 +44,41 @@ def test_forward_and_backward(kind, offset, round_first, rows, width, dtype, poi
 
     exact = through_autograd(x.double(), w.double(), None if b is None else b.double(), dy.double())
     torchs = through_autograd(x, w, b, dy)
-    stats = norm_statistics(x, kind, 1e-5)
-    y = norm_apply(x, stats, w, b, offset=offset, round_first=round_first)
-    dx, dw = norm_backward(dy, x, stats, w, offset=offset)
-    assert y.dtype == dtype and stats.dtype == dx.dtype == (
-        torch.float64 if dtype == torch.float64 else torch.float32
-    )
+    spec = NormSpec(kind, 1e-5, offset, round_first)
+    high = torch.float64 if dtype == torch.float64 else torch.float32
+    stats = torch.empty(spec.statistics, rows, dtype=high)
+    y = norm_forward(x, w, b, spec, stats, dtype)
+    assert torch.equal(norm_apply(x, stats, w, b, spec, dtype), y)
+    dx, again = torch.empty_like(x, dtype=high), torch.empty_like(x)
+    dw, db = norm_backward(dy, x, stats, w, b, spec, dx=dx, normed=again, need_dbias=b is not None)
+    assert torch.equal(again, y)
+    assert y.dtype == dtype and stats.dtype == dw.dtype == high
     eps = torch.finfo(dtype).eps * (64 if dtype == torch.float64 else 1)  # exact is fp64 too
     scale = (stats[0].unsqueeze(-1) * dy.double() * (w.double() + offset)).abs().max().item()
     for name, value, torch_value, exact_value in zip(
-        ("y", "dx", "dw"), (y, dx, dw), torchs, exact, strict=False
+        ("y", "dx", "dw", "db"), (y, dx, dw, db), torchs, exact, strict=False
     ):
         assert_as_good_as(name, value, torch_value, exact_value, eps, scale)
+    residual = torch.randn(rows, width).to(dtype)
+    sums = torch.empty_like(x), torch.empty_like(x)
+    norm_apply(x, stats, w, b, spec, dtype, residual=residual, out=sums[0])
+    norm_backward(dy, x, stats, w, b, spec, residual=residual, dx=sums[1])
+    assert torch.equal(sums[0], residual + y)
+    assert torch.equal(sums[1], (residual + dx).to(dtype))
 
 
 def test_gradients_that_are_not_wanted_are_not_computed():
     x, w = torch.randn(3, 4), torch.randn(4)
-    stats = norm_statistics(x, "rmsnorm", 1e-6)
-    assert norm_backward(x, x, stats, w, need_dx=False)[0] is None
-    assert norm_backward(x, x, stats, w, need_dweight=False)[1] is None
+    spec, stats = NormSpec(), torch.empty(1, 3)
+    norm_forward(x, w, None, spec, stats, x.dtype)
+    assert norm_backward(x, x, stats, w, None, spec, need_dweight=False) == (None, None)
+    dweight, dbias = norm_backward(x, x, stats, w, None, spec, need_dbias=True)
+    assert dweight.shape == dbias.shape == (4,)
 
 
 def test_a_row_alone_gives_the_bits_it_gives_among_others():
-    x, w = torch.randn(9, 40), torch.randn(40)
-    stats = norm_statistics(x, "layernorm", 1e-6)
-    alone = norm_statistics(x[4:5].clone(), "layernorm", 1e-6)
-    assert torch.equal(stats[:, 4:5], alone)
-    assert torch.equal(norm_apply(x, stats, w, None)[4:5], norm_apply(x[4:5], alone, w, None))
+    x, w, spec = torch.randn(9, 40), torch.randn(40), NormSpec("layernorm")
+    stats, alone = torch.empty(2, 9), torch.empty(2, 1)
+    y = norm_forward(x, w, None, spec, stats, x.dtype)
+    one = norm_forward(x[4:5].clone(), w, None, spec, alone, x.dtype)
+    assert torch.equal(stats[:, 4:5], alone) and torch.equal(y[4:5], one)

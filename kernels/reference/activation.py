@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .fp8 import dequantize
+
 aten = torch.ops.aten
 
 
@@ -41,17 +43,28 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]]
 }
 
 
-def activation_forward(preact: Tensor, kind: str, gated: bool) -> Tensor:
+def activation_forward(
+    preact: Tensor,
+    kind: str,
+    gated: bool,
+    scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """The activated hidden.
 
     Args:
         preact: `[rows, 2 f]` (gate, then up) if gated, else `[rows, f]`.
         kind: a key of `ACTIVATIONS`.
         gated: whether the first half gates the second.
+        scales: with a preact in e4m3: its scales (see `fp8.py`).
+        dtype: with scales: of the result.
 
     Returns:
         `[rows, f]`, fresh, in preact's dtype.
     """
+    if scales is not None:
+        out = preact.new_empty(preact.shape, dtype=dtype)
+        preact = dequantize(preact, scales, 2 if gated else 1, out)
     act = ACTIVATIONS[kind][0]
     if not gated:
         return act(preact)

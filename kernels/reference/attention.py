@@ -107,6 +107,7 @@ def attention_backward(
     lse: Tensor,
     mask: AttentionMask,
     *,
+    delta: Tensor | None = None,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     seed: Tensor | None = None,
@@ -121,14 +122,17 @@ def attention_backward(
         out: what the forward pass gave.
         lse: what the forward pass gave.
         mask: see q.
+        delta: `[batch, heads, tokens]`, rowsum(out o dout); needed where `library_core` gives None.
         bias: see q.
         cu_seqlens: see q.
         seed: see q.
     """
     core = library_core(mask, q.dtype, q.device, q.shape[-1], q.shape[1], bias)
     if core is None:
+        if delta is None:
+            raise ValueError("delta is None, expected rowsum(out * dout): no library kernel fits")
         return explicit_backward(
-            dout, q, k, v, out, lse, mask, bias=bias, cu_seqlens=cu_seqlens, seed=seed
+            dout, q, k, v, lse, mask, delta, bias=bias, cu_seqlens=cu_seqlens, seed=seed
         )
     if core == "flash":
         shapes = q.shape, k.shape, v.shape

@@ -221,9 +221,9 @@ def explicit_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
     lse: Tensor,
     mask: AttentionMask,
+    delta: Tensor,
     *,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -242,7 +242,6 @@ def explicit_backward(
             row_lse = rearrange(lse[:, :, q0:q1], "b (h g) t -> b h g t 1", g=groups)
             weights = _softmax(scores, row_lse)
             do_part = _heads(dout[:, q0:q1], groups, high)
-            delta = (do_part * _heads(out[:, q0:q1], groups, high)).sum(-1, keepdim=True)
             dweights = torch.matmul(do_part, _heads(v[:, k0:k1], 1, high).transpose(-1, -2))
             dweights = rearrange(dweights, "b h (g t) s -> b h g t s", g=groups)
             dropped = weights
@@ -254,8 +253,8 @@ def explicit_backward(
             dv[:, k0:k1] += rearrange(
                 torch.matmul(dropped.transpose(-1, -2), do_part), "b h s d -> b s h d"
             )
-            delta = rearrange(delta, "b h (g t) 1 -> b h g t 1", g=groups)
-            dscores = dweights.sub_(delta).mul_(weights)
+            row_delta = rearrange(delta[:, :, q0:q1], "b (h g) t -> b h g t 1", g=groups)
+            dscores = dweights.sub_(row_delta).mul_(weights)
             if tanh is not None:
                 dscores.mul_(1.0 - tanh.square())
             dscores = rearrange(dscores.mul_(mask.scale), "b h g t s -> b h (g t) s")

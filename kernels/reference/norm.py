@@ -17,8 +17,32 @@ once. Sources: Zhang and Sennrich 2019 (RMSNorm), Ba et al. 2016 (LayerNorm), tr
 modelling files for the rounding.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """How a norm computes.
+
+    Attributes:
+        kind: `"rmsnorm"` or `"layernorm"`.
+        eps: added to the mean square or the variance.
+        offset: added to the weight in use.
+        round_first: x_hat is rounded to the input's dtype before the weight comes in.
+    """
+
+    kind: str = "rmsnorm"
+    eps: float = 1e-6
+    offset: float = 0.0
+    round_first: bool = True
+
+    @property
+    def statistics(self) -> int:
+        """Numbers kept for a row: rstd, and the mean of a LayerNorm."""
+        return 2 if self.kind == "layernorm" else 1
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,22 +50,25 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def norm_statistics(x: Tensor, kind: str, eps: float) -> Tensor:
+def norm_statistics(x: Tensor, spec: NormSpec, out: Tensor) -> Tensor:
     """What a norm's backward needs to know of its rows.
 
     Args:
         x: `[rows, width]`, any floating dtype.
-        kind: `"rmsnorm"` or `"layernorm"`.
-        eps: added to the mean square or the variance.
+        spec: the norm.
+        out: `[1, rows]` (rstd) or `[2, rows]` (rstd, mean), fp32 (fp64 for fp64 input); written.
 
     Returns:
-        `[1, rows]` (rstd) or `[2, rows]` (rstd, mean), fp32 (fp64 for fp64 input).
+        `out`.
     """
     values = x.to(accumulate_dtype(x.dtype))
-    if kind == "rmsnorm":
-        return values.square().mean(-1).add_(eps).rsqrt_().unsqueeze(0)
-    variance, mean = torch.var_mean(values, -1, correction=0)
-    return torch.stack((variance.add_(eps).rsqrt_(), mean))
+    if spec.kind == "rmsnorm":
+        torch.rsqrt(values.square().mean(-1).add_(spec.eps), out=out[0])
+    else:
+        variance, mean = torch.var_mean(values, -1, correction=0)
+        torch.rsqrt(variance.add_(spec.eps), out=out[0])
+        out[1].copy_(mean)
+    return out
 
 
 def _normalized(x: Tensor, statistics: Tensor) -> Tensor:
@@ -51,29 +78,85 @@ def _normalized(x: Tensor, statistics: Tensor) -> Tensor:
     return (x - statistics[1].unsqueeze(-1)).mul_(statistics[0].unsqueeze(-1))
 
 
+def _scaled(
+    x_hat: Tensor, weight: Tensor, bias: Tensor | None, spec: NormSpec, dtype: torch.dtype
+) -> Tensor:
+    """y in `dtype`, the input's, from x_hat, which may be overwritten."""
+    offset = spec.offset
+    if spec.round_first:
+        scale = weight + offset if offset else weight
+        y = x_hat.to(dtype).mul_(scale.to(dtype))
+    else:
+        scale = weight.to(x_hat.dtype)
+        y = x_hat.mul_(scale + offset if offset else scale)
+    if bias is not None:
+        y = y.add_(bias.to(y.dtype))
+    return y.to(dtype)
+
+
+def norm_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spec: NormSpec,
+    statistics: Tensor,
+    dtype: torch.dtype,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The normalised rows, and their statistics.
+
+    Args:
+        x: `[rows, width]`.
+        weight: `[width]`.
+        bias: `[width]` or None.
+        spec: the norm.
+        statistics: `[1 or 2, rows]`, written (see `norm_statistics`).
+        dtype: of y; it is rounded to x's dtype first.
+        residual: `[rows, width]`, added to y; the sum goes to `out`.
+        out: `[rows, width]`, written; wanted together with `residual`.
+
+    Returns:
+        y `[rows, width]`, fresh and in `dtype`; or `out`.
+    """
+    norm_statistics(x, spec, statistics)
+    return norm_apply(x, statistics, weight, bias, spec, dtype, residual=residual, out=out)
+
+
 def norm_apply(
     x: Tensor,
     statistics: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    spec: NormSpec,
+    dtype: torch.dtype,
     *,
-    offset: float = 0.0,
-    round_first: bool = True,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The normalised rows, from x and its statistics: a fresh tensor `[rows, width]` in x's dtype.
+    """The normalised rows, from x and its statistics.
 
-    The forward pass and every rebuild call this one function with the same arguments: so both
-    give the same bits.
+    The forward pass and every rebuild compute this with the same arguments: so both give the same
+    bits.
+
+    Args:
+        x: `[rows, width]`.
+        statistics: as `norm_forward` wrote it.
+        weight: `[width]`.
+        bias: `[width]` or None.
+        spec: the norm.
+        dtype: of y; it is rounded to x's dtype first.
+        residual: `[rows, width]`, added to y; the sum goes to `out`.
+        out: `[rows, width]`, written; wanted together with `residual`.
+
+    Returns:
+        y, fresh and in `dtype`; or `out`.
     """
-    x_hat = _normalized(x, statistics)
-    scale = weight + offset if offset and round_first else weight
-    if round_first:
-        y = x_hat.to(x.dtype).mul_(scale.to(x.dtype))
-    else:
-        y = x_hat.mul_(scale.to(x_hat.dtype) + offset if offset else scale.to(x_hat.dtype))
-    if bias is not None:
-        y = y.add_(bias.to(y.dtype))
-    return y.to(x.dtype)
+    y = _scaled(_normalized(x, statistics), weight, bias, spec, x.dtype).to(dtype)
+    if residual is None:
+        return y
+    return torch.add(residual, y, out=out)
 
 
 def norm_backward(
@@ -81,34 +164,48 @@ def norm_backward(
     x: Tensor,
     statistics: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
+    spec: NormSpec,
     *,
-    offset: float = 0.0,
-    need_dx: bool = True,
+    residual: Tensor | None = None,
+    dx: Tensor | None = None,
+    normed: Tensor | None = None,
     need_dweight: bool = True,
+    need_dbias: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the rows and of the weight.
+    """Gradients of the rows and of the parameters; on the way, the normalised rows again.
 
     Args:
         dy: `[rows, width]`; its dtype may be lower than x's.
         x: `[rows, width]`, the norm's input.
-        statistics: as `norm_statistics` gave it.
+        statistics: as `norm_forward` wrote it.
         weight: `[width]`.
-        offset: as in the forward pass.
-        need_dx: whether dx is wanted.
+        bias: `[width]` or None; only `normed` needs it.
+        spec: the norm.
+        residual: `[rows, width]`, a gradient added to dx in fp32.
+        dx: `[rows, width]`, written in its dtype; None where it is not wanted.
+        normed: `[rows, width]`, written with what `norm_apply` gives; None where not wanted.
         need_dweight: whether dweight is wanted.
+        need_dbias: whether dbias is wanted.
 
     Returns:
-        dx `[rows, width]` and dweight `[width]`, in the statistics' dtype; None where not wanted.
+        dweight and dbias `[width]` in the statistics' dtype; None where not wanted.
     """
     x_hat = _normalized(x, statistics)
     dy = dy.to(x_hat.dtype)
     dweight = (dy * x_hat).sum(0) if need_dweight else None
-    if not need_dx:
-        return None, dweight
-    scale = weight.to(x_hat.dtype)
-    grad = dy * (scale + offset if offset else scale)
-    projection = (grad * x_hat).mean(-1, keepdim=True)
-    if len(statistics) == 2:
-        grad.sub_(grad.mean(-1, keepdim=True))
-    dx = grad.sub_(x_hat.mul_(projection)).mul_(statistics[0].unsqueeze(-1))
-    return dx, dweight
+    dbias = dy.sum(0) if need_dbias else None
+    if dx is not None:
+        scale = weight.to(x_hat.dtype)
+        grad = dy * (scale + spec.offset if spec.offset else scale)
+        projection = (grad * x_hat).mean(-1, keepdim=True)
+        if len(statistics) == 2:
+            grad.sub_(grad.mean(-1, keepdim=True))
+        grad.addcmul_(x_hat, projection, value=-1).mul_(statistics[0].unsqueeze(-1))
+        if residual is None:
+            dx.copy_(grad)
+        else:
+            torch.add(residual, grad, out=dx)
+    if normed is not None:
+        normed.copy_(_scaled(x_hat, weight, bias, spec, x.dtype))
+    return dweight, dbias

@@ -17,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: the process's own.
 
     Returns:
-        0; 2 for what the user can put right, said in one line; 130 after Ctrl-C.
+        0; 1 if something measured failed; 2 for what the user can put right, said in one line;
+        130 after Ctrl-C.
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure against the alternatives")
     subjects = bench.add_subparsers(title="what to measure", required=True, metavar="WHAT")
     _add_bench_block(subjects)
+    _add_bench_static(subjects)
     return parser
 
 
@@ -113,6 +115,32 @@ def _bench_block(args: argparse.Namespace) -> int:
     names = {"provider": "providers", "policy": "policies"}
     setup = {names.get(name, name): value for name, value in options.items() if value is not None}
     return block.run(block_results.Setup(**setup), **outputs)
+
+
+def _add_bench_static(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subjects.add_parser(
+        "static",
+        help="the kernels' registers, spills and shared memory, without a GPU",
+        description="Compile every kernel ahead of time and read what the compilers made of it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--arch", type=_names, metavar="A,B,...", help="e.g. sm_90,gfx942 (default: all)"
+    )
+    parser.add_argument("--kernel", type=_names, metavar="A,B,...", help="(default: all)")
+    parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table there")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.set_defaults(run=_bench_static)
+
+
+def _bench_static(args: argparse.Namespace) -> int:
+    from backfuse.bench import static_report
+
+    options = {name: value for name, value in vars(args).items() if name != "run"}
+    names = {"arch": "architectures", "kernel": "kernels"}
+    return static_report.run(
+        **{names.get(name, name): value for name, value in options.items() if value is not None}
+    )
 
 
 def _names(text: str) -> tuple[str, ...]:
