@@ -113,7 +113,9 @@ def cast_weights(weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
     Without autocast nothing is copied. A cast is never kept: kept weights are the parameters
     themselves, so that whoever owns them can free and regather them.
     """
-    return {n: w.to(dtype) if "_proj." in n else w for n, w in weights.items()}
+    return {
+        n: w if w.dtype == dtype or "_proj." not in n else w.to(dtype) for n, w in weights.items()
+    }
 
 
 class WeightGrads:

@@ -53,8 +53,11 @@ class FFNHalf:
             return mid.to(self.call.compute_dtype)
         return self.norm.apply(mid, rows)
 
-    def _up(self, normed: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor | None], str, bool]:
+    def _up(
+        self, normed: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], list[Tensor | None], str, bool]:
         """The arguments that the operations on the first projections share."""
+        assert normed is not None
         return (normed, self.ups.weights, self.ups.biases, *self.activation)
 
     def forward(
@@ -104,7 +107,8 @@ class FFNHalf:
             self.branch.add(part, projected, rows, z[rows])
             if "ffn_branch" in out:
                 out["ffn_branch"][rows] = projected
-        for name, norm in (("ffn_norm_stats", self.norm), ("ffn_post_norm_stats", self.branch.post)):
+        norms = {"ffn_norm_stats": self.norm, "ffn_post_norm_stats": self.branch.post}
+        for name, norm in norms.items():
             if name in keep and norm is not None and norm.statistics is not None:
                 out[name] = norm.statistics
         return z, out
@@ -149,12 +153,14 @@ class FFNHalf:
             if dy is None or not (needs.inner or needs.out):
                 continue
             if needs.inner:
-                hidden = self._backward_activation(dy, normed, preact, scales, dpreact, needs, grads)
+                hidden = self._backward_activation(
+                    dy, normed, preact, scales, dpreact, needs, grads
+                )
             elif hidden is None and preact is not None:
                 hidden = call.ops.activation_forward(preact, *self.activation, scales, dy.dtype)
             elif hidden is None:
                 hidden = call.ops.ffn_up(*self._up(normed))
-            if needs.out:
+            if hidden is not None:
                 self.branch.backward_weight(dy, hidden, grads)
             if needs.inner:
                 hidden = None

@@ -11,6 +11,7 @@ can free and regather them, and autograd notices if one is changed before the ba
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,13 +41,20 @@ class Job(Protocol):
         """The gradient of x `[tokens, h]` and those of the weights, None where not wanted."""
 
 
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Casts are made by hand: autocast is off inside, where it was on at all."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
 class RecomputeFunction(torch.autograd.Function):
     """Run a job under autograd."""
 
     @staticmethod
     def forward(ctx: Any, job: Job, inputs: Inputs, x: Tensor, *weights: Tensor) -> Tensor:
         """`x` is `[tokens, h]`, and so is the result."""
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             z, kept = job.forward(x, weights, inputs)
         ctx.job, ctx.names = job, list(kept)
         ctx.save_for_backward(*inputs, *weights, *kept.values())
@@ -65,7 +73,7 @@ class RecomputeFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         split = len(saved) - len(ctx.names)
         kept = dict(zip(ctx.names, saved[split:], strict=True))
-        with torch.autocast(dz.device.type, enabled=False):
+        with no_autocast(dz):
             dx, grads = job.backward(
                 dz.contiguous(), saved[count:split], Inputs(*saved[:count]), kept
             )

@@ -2,7 +2,8 @@
 
 One answer, asked twice: by the forward pass, to know what to save, and by the memory model, to
 know what that costs. A tensor is kept if its policy says so *and* a gradient that is wanted reads
-it: what only a frozen weight's gradient would read is neither kept nor computed.
+it: what only a frozen weight's gradient would read is neither kept nor computed. The answers are
+remembered: a training step asks the same questions each time.
 
 Kept tensors and their shapes, for `n` tokens:
 
@@ -21,8 +22,8 @@ Kept tensors and their shapes, for `n` tokens:
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from .policy import Policy
@@ -61,7 +62,8 @@ class Needs:
         return self.branch or self.post
 
 
-def half_needs(spec: BlockSpec, half: str, wanted: Set[str], need_input: bool) -> Needs:
+@cache
+def half_needs(spec: BlockSpec, half: str, wanted: frozenset[str], need_input: bool) -> Needs:
     """What one half's backward has to give.
 
     Args:
@@ -102,6 +104,7 @@ class Reads(NamedTuple):
     rebuilt: frozenset[str]
 
 
+@cache
 def ffn_reads(spec: BlockSpec, policy: Policy, needs: Needs) -> Reads:
     """What the FFN half's backward reads; the half's input is named `mid` and counts as kept."""
     read: set[str] = set()
@@ -125,6 +128,7 @@ def ffn_reads(spec: BlockSpec, policy: Policy, needs: Needs) -> Reads:
     return Reads(frozenset(kept), frozenset(rebuilt))
 
 
+@cache
 def attention_reads(spec: BlockSpec, policy: Policy, needs: Needs, read_mid: bool) -> Reads:
     """What the attention half's backward reads, `mid` included where the FFN half reads it.
 
@@ -164,7 +168,8 @@ def attention_reads(spec: BlockSpec, policy: Policy, needs: Needs, read_mid: boo
     return Reads(frozenset(kept), frozenset(rebuilt))
 
 
-def block_reads(spec: BlockSpec, policy: Policy, wanted: Set[str]) -> Reads:
+@cache
+def block_reads(spec: BlockSpec, policy: Policy, wanted: frozenset[str]) -> Reads:
     """Everything that one block's backward pass reads.
 
     Args:

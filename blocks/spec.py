@@ -267,6 +267,13 @@ class BlockSpec:
         """Whether a norm stands on each half's output."""
         return self.norm_position != "pre"
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+
     @cached_property
     def norm_spec(self) -> NormSpec:
         """How this block's norms compute."""
@@ -304,6 +311,10 @@ class BlockSpec:
 
     def attention_parameters(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter of the attention half."""
+        return dict(self._attention_parameters)
+
+    @cached_property
+    def _attention_parameters(self) -> dict[str, tuple[int, ...]]:
         h, q, kv = self.hidden_size, self.q_size, self.kv_size
         shapes = self._norm_shapes("attn")
         outs = {"qkv": q + 2 * kv} if self.stacked_qkv else {"q": q, "k": kv, "v": kv}
@@ -321,6 +332,10 @@ class BlockSpec:
 
     def ffn_parameters(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter of the FFN half."""
+        return dict(self._ffn_parameters)
+
+    @cached_property
+    def _ffn_parameters(self) -> dict[str, tuple[int, ...]]:
         h, f = self.hidden_size, self.intermediate_size
         shapes = self._norm_shapes("ffn")
         if self.stacked_gate_up:

@@ -1,0 +1,332 @@
+"""Down projection and activation backward: one kernel.
+
+    dhidden = dy Wdown        d_up = dhidden * act(gate)        d_gate = dhidden * up * act'(gate)
+
+| kept | recomputed | GEMMs |
+|---|---|---|
+| the pre-activation (gate and up), as it is or in e4m3; or what a rebuild left in scratch | hidden,
+for the down projection's weight gradient | 1 |
+
+dhidden never reaches memory. The gradients may overwrite the pre-activation they are made from:
+each program reads its own tile before it writes it. Sums over rows, for biases, go to one partial
+row for each row of tiles and are added up in order: no atomics, the same bits each time.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import act, act_grad, check_kind
+from .configs import Config, uses_descriptors
+from .launch import (
+    SAME_BITS,
+    TRITON_DTYPES,
+    cdiv,
+    check_matrix,
+    describable,
+    descriptor,
+    dot_precision,
+    on_device,
+    readable,
+)
+from .reference.fp8 import TILE, scale_count
+from .tiles import dot_kn, halves, tile_of
+from .tuning import config_for
+
+
+@triton.jit
+def store_dact(
+    d,
+    gate,
+    up,
+    dpreact,
+    hidden,
+    partials,
+    pid_m,
+    offs_m,
+    offs_n,
+    M,
+    N,
+    stride_dm,
+    stride_hm,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    STORE_HIDDEN: tl.constexpr,
+    HAS_PARTIALS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """What becomes of a tile of dhidden, with its gate and up in fp32 (the gate is unused without
+    one)."""
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    rows = offs_m.to(tl.int64)[:, None]
+    pointers = dpreact + rows * stride_dm + offs_n[None, :]
+    row = pid_m.to(tl.int64) * N
+    if GATED:
+        activated = act(gate, KIND)
+        value = activated * up
+        d_gate = d * up * act_grad(gate, KIND)
+        d_up = d * activated
+        tl.store(pointers, d_gate.to(DTYPE), mask=mask)
+        tl.store(pointers + N, d_up.to(DTYPE), mask=mask)
+        if HAS_PARTIALS:
+            tl.store(partials + 2 * row + offs_n, tl.sum(d_gate, 0), mask=mask_n)
+            tl.store(partials + 2 * row + N + offs_n, tl.sum(d_up, 0), mask=mask_n)
+    else:
+        value = act(up, KIND)
+        d_up = d * act_grad(up, KIND)
+        tl.store(pointers, d_up.to(DTYPE), mask=mask)
+        if HAS_PARTIALS:
+            tl.store(partials + row + offs_n, tl.sum(d_up, 0), mask=mask_n)
+    if STORE_HIDDEN:
+        tl.store(hidden + rows * stride_hm + offs_n[None, :], value.to(DTYPE), mask=mask)
+
+
+@triton.jit
+def _load_preact(
+    preact,
+    scales,
+    offs_m,
+    offs_n,
+    first,
+    first_scale,
+    M,
+    N,
+    stride_pm,
+    stride_sm,
+    FP8: tl.constexpr,
+    TILE_N: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """A tile of the gate or of the up, fp32."""
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    rows = offs_m.to(tl.int64)[:, None]
+    value = tl.load(preact + rows * stride_pm + first + offs_n[None, :], mask=mask, other=0.0)
+    value = value.to(tl.float32)
+    if FP8:
+        column = first_scale + tl.min(offs_n, 0) // TILE_N  # these columns share a scale
+        value *= tl.load(scales + rows * stride_sm + column, mask=(offs_m < M)[:, None], other=0.0)
+        value = value.to(DTYPE).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _dact_part(
+    d,
+    preact,
+    scales,
+    dpreact,
+    hidden,
+    partials,
+    pid_m,
+    offs_m,
+    offs_n,
+    M,
+    N,
+    stride_pm,
+    stride_sm,
+    stride_dm,
+    stride_hm,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    STORE_HIDDEN: tl.constexpr,
+    HAS_PARTIALS: tl.constexpr,
+    FP8: tl.constexpr,
+    TILE_N: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The epilogue of some columns: gate and up are loaded when their turn comes."""
+    gate = _load_preact(
+        preact, scales, offs_m, offs_n, 0, 0, M, N, stride_pm, stride_sm, FP8, TILE_N, DTYPE
+    )
+    up = gate
+    if GATED:
+        up = _load_preact(
+            preact, scales, offs_m, offs_n, N, tl.cdiv(N, TILE_N), M, N,
+            stride_pm, stride_sm, FP8, TILE_N, DTYPE,
+        )  # fmt: skip
+    store_dact(
+        d, gate, up, dpreact, hidden, partials, pid_m, offs_m, offs_n, M, N,
+        stride_dm, stride_hm, KIND, GATED, STORE_HIDDEN, HAS_PARTIALS, DTYPE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def ffn_dact_kernel(
+    dy,
+    down,
+    preact,
+    scales,
+    dpreact,
+    hidden,
+    partials,
+    M,
+    N,
+    K,
+    stride_ym,
+    stride_wk,
+    stride_pm,
+    stride_sm,
+    stride_dm,
+    stride_hm,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    STORE_HIDDEN: tl.constexpr,
+    HAS_PARTIALS: tl.constexpr,
+    FP8: tl.constexpr,
+    TILE_N: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DESC: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
+    d = dot_kn(
+        dy, down, row, col, M, N, K, stride_ym, stride_wk,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION, DESC,
+    )  # fmt: skip
+    WIDTH: tl.constexpr = BLOCK_N // SPLIT
+    if SPLIT == 1:
+        parts = (d,)
+    elif SPLIT == 2:
+        parts = halves(d, BLOCK_M, BLOCK_N)
+    else:
+        tl.static_assert(SPLIT == 4)
+        left, right = halves(d, BLOCK_M, BLOCK_N)
+        parts = halves(left, BLOCK_M, BLOCK_N // 2) + halves(right, BLOCK_M, BLOCK_N // 2)
+    offs_m = row + tl.arange(0, BLOCK_M)
+    for part in tl.static_range(SPLIT):
+        offs_n = col + part * WIDTH + tl.arange(0, WIDTH)
+        _dact_part(
+            parts[part], preact, scales, dpreact, hidden, partials, pid_m, offs_m, offs_n, M, N,
+            stride_pm, stride_sm, stride_dm, stride_hm,
+            KIND, GATED, STORE_HIDDEN, HAS_PARTIALS, FP8, TILE_N, DTYPE,
+        )  # fmt: skip
+
+
+class DownWeight:
+    """dy and the down projection's weight as the kernels take them.
+
+    Args:
+        dy: `[rows, h]`.
+        down: `[h, f]`.
+        descriptors: whether the device loads through descriptors.
+
+    Raises:
+        TypeError: for a dtype no kernel takes, or several.
+        ValueError: for shapes or devices that do not fit.
+    """
+
+    def __init__(self, dy: Tensor, down: Tensor, descriptors: bool) -> None:
+        dy, down = readable(dy), readable(down)
+        self.K, self.N = down.shape
+        check_matrix("dy", dy, (len(dy), self.K), dy)
+        check_matrix("down", down, (self.K, self.N), dy)
+        if down.dtype != dy.dtype:
+            raise TypeError(f"down is {down.dtype}, expected the dtype of dy ({dy.dtype})")
+        self.dy, self.down = dy, down
+        self.desc = descriptors and describable(dy) and describable(down)
+
+    def operands(self, config: Config) -> tuple[Any, Any]:
+        """dy and the weight as pointers or descriptors of a configuration's blocks."""
+        if not self.desc:
+            return self.dy, self.down
+        m, n, k = config.block_m, config.block_n, config.block_k
+        return descriptor(self.dy, m, k), descriptor(self.down, k, n)
+
+
+def new_outputs(
+    dy: Tensor, N: int, config: Config, gated: bool, need_hidden: bool, need_dbias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Room for the hidden `[rows, f]`, and for partial sums `[rows of tiles, 2 f or f]`."""
+    hidden = dy.new_empty(len(dy), N) if need_hidden else None
+    partials = None
+    if need_dbias:
+        rows = cdiv(len(dy), config.block_m)
+        partials = dy.new_empty(rows, N * (2 if gated else 1), dtype=torch.float32)
+    return hidden, partials
+
+
+def ffn_dact(
+    dy: Tensor,
+    down: Tensor,
+    preact: Tensor,
+    kind: str,
+    gated: bool,
+    dpreact: Tensor,
+    *,
+    scales: Tensor | None = None,
+    need_hidden: bool = True,
+    need_dbias: bool = False,
+    config: Config | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Down projection and activation backward. As `reference.ffn.ffn_dact`.
+
+    Args:
+        config: tile sizes; None for the table's.
+
+    Raises:
+        TypeError: for a dtype no kernel takes.
+        ValueError: for shapes, strides or devices that do not fit.
+    """
+    operands = DownWeight(dy, down, uses_descriptors(dy))
+    M, N, K = len(dy), operands.N, operands.K
+    width = N * (2 if gated else 1)
+    check_kind(kind, gated, width)
+    check_matrix("dpreact", dpreact, (M, width), dy)
+    preact = readable(preact)
+    if scales is not None:
+        check_matrix("scales", scales, (M, scale_count(N) * (1 + gated)), dy)
+    else:
+        check_matrix("preact", preact, (M, width), dy)
+    if config is None:
+        block_n = None if scales is None else TILE
+        config = config_for("ffn_dact", dy, N, gated, block_n)
+    hidden, partials = new_outputs(dy, N, config, gated, need_hidden, need_dbias)
+    grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
+    with on_device(dy):
+        ffn_dact_kernel[grid](
+            *operands.operands(config),
+            preact,
+            scales,
+            dpreact,
+            hidden,
+            partials,
+            M,
+            N,
+            K,
+            operands.dy.stride(0),
+            operands.down.stride(0),
+            preact.stride(0),
+            0 if scales is None else scales.stride(0),
+            dpreact.stride(0),
+            N,
+            KIND=kind,
+            GATED=gated,
+            STORE_HIDDEN=need_hidden,
+            HAS_PARTIALS=need_dbias,
+            FP8=scales is not None,
+            TILE_N=TILE,
+            DTYPE=TRITON_DTYPES[dy.dtype],
+            PRECISION=dot_precision(dy.dtype),
+            DESC=operands.desc,
+            EVEN_K=K % config.block_k == 0,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP_M=config.group_m,
+            SPLIT=config.split,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **SAME_BITS,
+        )
+    return hidden, None if partials is None else partials.sum(0)

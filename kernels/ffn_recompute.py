@@ -1,0 +1,179 @@
+"""The FFN's pre-activation rebuilt inside the backward kernel: it never reaches memory.
+
+    gate = n Wgate^T + b      up = n Wup^T + b      dhidden = dy Wdown
+    d_up = dhidden * act(gate)                      d_gate = dhidden * up * act'(gate)
+
+| kept | recomputed | GEMMs |
+|---|---|---|
+| nothing of this half but its input | gate, up and hidden | 3 (2 without a gate) |
+
+Two strategies give the same bits:
+
+    split   `ffn_up` writes gate and up into scratch, `ffn_dact` reads and overwrites them
+    fused   one kernel: a loop over h with two accumulators, another one with a third, and one
+            epilogue in column halves
+
+The fused kernel saves writing and reading gate and up, some 2 % of the half; it holds three
+accumulators of a tile in registers, which costs the GEMMs some of their speed. Which one wins is a
+matter of device and shape: `tuning.py` measures it. Both loops are those of the split kernels, in
+their order.
+"""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import check_kind
+from .configs import Config, uses_descriptors
+from .ffn_dact import DownWeight, ffn_dact, new_outputs, store_dact
+from .ffn_up import UpWeights, add_bias, dot_up, ffn_up
+from .launch import cdiv, check_matrix, on_device
+from .tiles import dot_kn, halves, tile_of
+from .tuning import config_for, strategy_for
+
+
+@triton.jit(do_not_specialize=["M"])
+def ffn_recompute_kernel(
+    x,
+    w_gate,
+    w_up,
+    b_gate,
+    b_up,
+    dy,
+    down,
+    dpreact,
+    hidden,
+    partials,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_gn,
+    stride_un,
+    stride_ym,
+    stride_wk,
+    stride_dm,
+    stride_hm,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE_HIDDEN: tl.constexpr,
+    HAS_PARTIALS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
+    DESC: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
+    acc_gate, acc_up = dot_up(
+        x, w_gate, w_up, row, col, M, N, K, stride_xm, stride_gn, stride_un,
+        GATED, PACKED, DESC, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+    )  # fmt: skip
+    d = dot_kn(
+        dy, down, row, col, M, N, K, stride_ym, stride_wk,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION, DESC,
+    )  # fmt: skip
+    WIDTH: tl.constexpr = BLOCK_N // SPLIT
+    if SPLIT == 1:
+        gates, ups, ds = (acc_gate,), (acc_up,), (d,)
+    else:
+        tl.static_assert(SPLIT == 2)
+        gates = halves(acc_gate, BLOCK_M, BLOCK_N)
+        ups = halves(acc_up, BLOCK_M, BLOCK_N)
+        ds = halves(d, BLOCK_M, BLOCK_N)
+    offs_m = row + tl.arange(0, BLOCK_M)
+    for part in tl.static_range(SPLIT):
+        offs_n = col + part * WIDTH + tl.arange(0, WIDTH)
+        gate = add_bias(gates[part], b_gate, offs_n, N, HAS_BIAS).to(DTYPE).to(tl.float32)
+        up = add_bias(ups[part], b_up, offs_n, N, HAS_BIAS).to(DTYPE).to(tl.float32)
+        store_dact(
+            ds[part], gate, up, dpreact, hidden, partials, pid_m, offs_m, offs_n, M, N,
+            stride_dm, stride_hm, KIND, GATED, STORE_HIDDEN, HAS_PARTIALS, DTYPE,
+        )  # fmt: skip
+
+
+def ffn_recompute_dact(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    kind: str,
+    gated: bool,
+    dy: Tensor,
+    down: Tensor,
+    dpreact: Tensor,
+    *,
+    need_hidden: bool = True,
+    need_dbias: bool = False,
+    strategy: str = "auto",
+    config: Config | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`ffn_dact` of a pre-activation that was not kept. As `reference.ffn.ffn_recompute_dact`.
+
+    Args:
+        strategy: `"split"`, `"fused"`, or `"auto"`: what was measured on this device, else split.
+        config: tile sizes of the fused kernel; None for the table's.
+
+    Raises:
+        TypeError: for a dtype no kernel takes.
+        ValueError: for shapes, strides or devices that do not fit, or an unknown strategy.
+    """
+    if strategy == "auto":
+        strategy = strategy_for(x, down.shape[1], gated)
+    if strategy == "split":
+        ffn_up(x, weights, biases, kind, gated, preact=dpreact, need_hidden=False)
+        return ffn_dact(
+            dy, down, dpreact, kind, gated, dpreact, need_hidden=need_hidden, need_dbias=need_dbias
+        )
+    if strategy != "fused":
+        raise ValueError(f"strategy is {strategy!r}, expected 'auto', 'split' or 'fused'")
+    descriptors = uses_descriptors(x)
+    ups = UpWeights(x, weights, biases, gated, descriptors)
+    downs = DownWeight(dy, down, descriptors and ups.desc)
+    M, N, K = len(x), ups.N, ups.K
+    width = N * (2 if gated else 1)
+    check_kind(kind, gated, width)
+    check_matrix("dy", dy, (M, K), x)
+    check_matrix("down", down, (K, N), x)
+    check_matrix("dpreact", dpreact, (M, width), x)
+    if config is None:
+        config = config_for("ffn_recompute", x, N, gated)
+    hidden, partials = new_outputs(dy, N, config, gated, need_hidden, need_dbias)
+    ups.desc = downs.desc  # both or neither
+    ups.packed = ups.packed and ups.desc
+    grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
+    with on_device(x):
+        ffn_recompute_kernel[grid](
+            *ups.operands(config),
+            ups.b_gate,
+            ups.b_up,
+            *downs.operands(config),
+            dpreact,
+            hidden,
+            partials,
+            M,
+            N,
+            K,
+            ups.x.stride(0),
+            ups.gate.stride(0),
+            ups.up.stride(0),
+            downs.dy.stride(0),
+            downs.down.stride(0),
+            dpreact.stride(0),
+            N,
+            KIND=kind,
+            GATED=gated,
+            STORE_HIDDEN=need_hidden,
+            HAS_PARTIALS=need_dbias,
+            SPLIT=config.split,
+            **ups.flags(config),
+        )
+    return hidden, None if partials is None else partials.sum(0)

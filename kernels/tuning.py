@@ -1,0 +1,177 @@
+"""What was measured on a device: tile sizes, and how a pre-activation is rebuilt.
+
+`backfuse tune` measures and `save`s; the launchers ask `config_for` and `strategy_for`, which fall
+back on the tables in `configs.py` and on `split`. A record belongs to a device, the versions of
+Triton and of this package, and a class of shapes: the widths, the dtype, gated or not. The number
+of tokens is no part of it.
+
+Records are kept in `$BACKFUSE_CACHE/tuning.json` (default: `~/.cache/backfuse`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from .configs import CONFIGS, Config, choose
+
+#: Goes up when old records would mean something else: kernels or their arguments changed.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A class of shapes.
+
+    Attributes:
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the FFN.
+        gated: whether it has a gate.
+        dtype: of the operands.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    gated: bool
+    dtype: torch.dtype
+
+    def key(self, device: torch.device) -> str:
+        """The name of its record on a device."""
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        dtype = str(self.dtype).removeprefix("torch.")
+        gate = "gated" if self.gated else "plain"
+        sizes = f"{self.hidden_size}x{self.intermediate_size}"
+        return f"{FORMAT}|{name}|triton {triton.__version__}|{dtype}|{sizes}|{gate}"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is best for a class of shapes.
+
+    Attributes:
+        strategy: `"split"` or `"fused"`.
+        configs: kernel -> configuration; the table's default for those that are missing.
+    """
+
+    strategy: str = "split"
+    configs: dict[str, Config] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, record: Any) -> Tuning:
+        """A tuning from its record.
+
+        Raises:
+            ValueError: for anything that is not one; the values are checked as well.
+        """
+        try:
+            strategy = record["strategy"]
+            configs = {name: Config(**sizes) for name, sizes in record["configs"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a record of a tuning: {error!r}") from None
+        if strategy not in ("split", "fused"):
+            raise ValueError(f"strategy is {strategy!r}, expected 'split' or 'fused'")
+        for name, config in configs.items():
+            known = {c for table in CONFIGS.get(name, {}).values() for c in table}
+            if config not in known:
+                raise ValueError(f"{name} has {config}, expected one of its configurations")
+        return cls(strategy, configs)
+
+
+def cache_file() -> Path:
+    """Where records are kept."""
+    folder = os.environ.get("BACKFUSE_CACHE")
+    base = Path(folder) if folder else Path.home() / ".cache" / "backfuse"
+    return base / "tuning.json"
+
+
+@functools.cache
+def _records(path: Path) -> dict[str, Any]:
+    """The file's records; none, with a warning, where it cannot be read."""
+    try:
+        records = json.loads(path.read_text())
+        if isinstance(records, dict):
+            return records
+        raise ValueError("not a table of records")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path} is ignored: {error}; `backfuse tune` writes it anew", stacklevel=2)
+        return {}
+
+
+@functools.cache
+def tuning(shape: Shape, device: torch.device) -> Tuning:
+    """What was measured, or the defaults."""
+    record = _records(cache_file()).get(shape.key(device))
+    if record is None:
+        return Tuning()
+    try:
+        return Tuning.parse(record)
+    except ValueError as error:
+        warnings.warn(f"a record in {cache_file()} is ignored: {error}", stacklevel=2)
+        return Tuning()
+
+
+def save(shape: Shape, device: torch.device, best: Tuning) -> Path:
+    """Keep a tuning, beside those of other shapes; it is used from now on.
+
+    Raises:
+        OSError: if the file cannot be written; the old one is then as it was.
+    """
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _records.cache_clear()
+    records = {**_records(path), shape.key(device): asdict(best)}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(records, indent=1, sort_keys=True))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    forget()
+    return path
+
+
+def forget() -> None:
+    """Read the file again at the next call."""
+    for cached in (_records, tuning, _config_for):
+        cached.cache_clear()
+
+
+@functools.cache
+def _config_for(kernel: str, shape: Shape, device: torch.device, block_n: int | None) -> Config:
+    config = tuning(shape, device).configs.get(kernel)
+    if config is not None and block_n in (None, config.block_n):
+        return config
+    return choose(kernel, device, shape.dtype.itemsize, shape.gated, block_n)
+
+
+def config_for(
+    kernel: str, x: torch.Tensor, f: int, gated: bool, block_n: int | None = None
+) -> Config:
+    """The configuration an FFN kernel runs with.
+
+    Args:
+        kernel: a key of `CONFIGS`.
+        x: `[rows, h]`, an operand.
+        f: width of the FFN.
+        gated: whether it has a gate.
+        block_n: what `block_n` has to be; None for anything.
+
+    Raises:
+        ValueError: if none fits the device.
+    """
+    return _config_for(kernel, Shape(x.shape[1], f, gated, x.dtype), x.device, block_n)
+
+
+def strategy_for(x: torch.Tensor, f: int, gated: bool) -> str:
+    """How a pre-activation is rebuilt: `"split"` or `"fused"`. Arguments as `config_for`."""
+    return tuning(Shape(x.shape[1], f, gated, x.dtype), x.device).strategy

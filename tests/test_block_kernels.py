@@ -1,0 +1,199 @@
+"""Blocks on the Triton kernels: the promises of the reference path, kept by the kernels.
+
+Without a GPU the kernels run under Triton's interpreter: exact, and slow.
+"""
+
+import pytest
+import torch
+from conftest import DEVICE
+from families import (
+    FAMILIES,
+    POLICIES,
+    assert_as_good_as,
+    make_block,
+    make_input,
+    results,
+    same_bits,
+)
+
+from backfuse import BlockSpec, BlockStack, TransformerBlock, ffn
+from backfuse.kernels import dispatch, fused, reference
+
+STRATEGIES = ["split", "fused"]
+
+
+def kernel_block(spec, policy="keep", **options):
+    block = make_block(spec, policy, **options).to(DEVICE)
+    block.impl = "triton"
+    return block
+
+
+def to_device(*tensors):
+    return [t.detach().to(DEVICE).requires_grad_(t.requires_grad) for t in tensors]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_good_as_the_reference_and_the_same_bits_under_every_policy(
+    family, dtype, poisoned_empty
+):
+    spec = FAMILIES[family]
+    x, grad = make_input(spec, dtype=dtype, seq_len=45)
+    reference_block = make_block(spec, dtype=dtype)
+    theirs = results(reference_block, x, grad)
+    exact = results(make_block(spec, dtype=dtype).double(), x.detach().double().requires_grad_(),
+                    grad.double())  # fmt: skip
+    block = kernel_block(spec, dtype=dtype)
+    x, grad = to_device(x, grad)
+    ours = results(block, x, grad)
+    eps = torch.finfo(dtype).eps
+    names = ["output", "x", *(name for name, _ in block.named_parameters())]
+    largest = max(e.abs().max().item() for e in exact)
+    for name, a, b, c in zip(names, ours, theirs, exact, strict=True):
+        # A bias of k has no gradient but rounding: measured against the largest of all.
+        scale = largest if name.endswith("bias") else 4 * c.abs().max().item()
+        assert_as_good_as(name, a.cpu(), b, c, eps, scale)
+    for index, policy in enumerate([*POLICIES[1::4], "full"]):
+        block.policy = policy
+        block.ffn_strategy = STRATEGIES[index % 2]
+        assert same_bits(results(block, x, grad), ours), (policy, block.ffn_strategy)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2"])
+@pytest.mark.parametrize("frozen", ["everything", "projections", "all-but-down", "all-but-norms",
+                                    "all-but-biases"])  # fmt: skip
+def test_frozen_subsets(family, frozen, poisoned_empty):
+    spec = FAMILIES[family]
+    x, grad = to_device(*make_input(spec, seq_len=20))
+    everything = results(kernel_block(spec), x, grad)
+    for policy, strategy in (("keep", "auto"), ("full", "split"), ("lean", "fused")):
+        block = kernel_block(spec, policy, frozen=frozen)
+        block.ffn_strategy = strategy
+        for value, full in zip(results(block, x, grad), everything, strict=True):
+            assert value is None or torch.equal(value, full), policy
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_autocast(autocast, poisoned_empty):
+    spec = FAMILIES["qwen3"]
+    x, grad = to_device(*make_input(spec, seq_len=20))
+    block = kernel_block(spec)
+
+    def run():
+        with torch.autocast(DEVICE, dtype=autocast):
+            return results(block, x, grad)
+
+    expected = run()
+    assert all(t.dtype == torch.float32 for t in expected)
+    block.policy = "full"
+    assert same_bits(run(), expected)
+    block.impl = "reference"
+    for ours, theirs in zip(expected, run(), strict=True):
+        assert (ours - theirs).norm() <= 8 * torch.finfo(autocast).eps * theirs.norm()
+
+
+def test_packed_sequences_and_segments(poisoned_empty):
+    spec = FAMILIES["gemma2"].replace(sliding_window=None)
+    torch.manual_seed(0)
+    stack = BlockStack(spec, 3, "keep", chunk_size=64, impl="triton").to(DEVICE)
+    x, grad = to_device(*make_input(spec, batch_size=1, seq_len=70))
+    cu_seqlens = torch.tensor([0, 30, 30, 31, 70], dtype=torch.int32, device=DEVICE)
+    expected = results(stack, x, grad, cu_seqlens=cu_seqlens)
+    stack.set_policy("lean", segments=3)
+    assert same_bits(results(stack, x, grad, cu_seqlens=cu_seqlens), expected)
+    stack.impl = "reference"
+    for ours, theirs in zip(expected, results(stack, x, grad, cu_seqlens=cu_seqlens), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_eight_bits_and_second_backward(poisoned_empty):
+    spec = FAMILIES["llama"]
+    block = kernel_block(spec, {"preact": "fp8"})
+    x, grad = to_device(*make_input(spec, seq_len=20))
+    inputs = [x, *block.parameters()]
+    y = block(x)
+    first = torch.autograd.grad(y, inputs, grad, retain_graph=True)
+    assert same_bits(first, torch.autograd.grad(y, inputs, grad))
+    block.policy = "keep"
+    assert torch.equal(block(x), y)
+    block.policy, block.impl = {"preact": "fp8"}, "reference"
+    for ours, theirs in zip(first, torch.autograd.grad(block(x), inputs, grad), strict=True):
+        # A pre-activation on the edge between two steps of e4m3 may fall to either side.
+        assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
+
+
+def test_every_kernel_is_called(monkeypatch):
+    """None of the operations is left to the reference."""
+    called = set()
+    for name in fused.__all__:
+        kernel = getattr(fused, name)
+
+        def counted(*args, name=name, kernel=kernel, **kwargs):
+            called.add(name)
+            return kernel(*args, **kwargs)
+
+        monkeypatch.setattr(fused, name, counted)
+    spec = FAMILIES["qwen3"].replace(sliding_window=5)  # no library attention: delta is wanted
+    block = kernel_block(spec, "full")
+    x, grad = to_device(*make_input(spec, seq_len=9))
+    results(block, x, grad)
+    block.policy = "keep"
+    results(block, x, grad)
+    block.requires_grad_(False)
+    block.mlp.down_proj.requires_grad_()
+    results(block, x.detach(), grad)  # the hidden alone
+    assert called == set(fused.__all__)
+
+
+def test_operations_by_name():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert dispatch.operations("auto", cpu, dtype, 64) is reference
+        assert dispatch.operations("reference", cuda, dtype, 64) is reference
+    assert dispatch.operations("auto", cuda, torch.float32, 64) is reference
+    assert dispatch.operations("auto", cuda, torch.float64, 64) is reference
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="under the interpreter")
+def test_where_kernels_cannot_run(monkeypatch):
+    cpu = torch.device("cpu")
+    assert dispatch.operations("triton", cpu, torch.float16, 64) is fused
+    block = TransformerBlock(FAMILIES["llama"], impl="triton", dtype=torch.float64)
+    x = torch.zeros(1, 4, 32, dtype=torch.float64)
+    with pytest.raises(ValueError, match="impl is 'triton', but the dtype is torch.float64, exp"):
+        block(x)
+    with pytest.raises(ValueError, match="but a row has 40000 elements, expected at most 32768"):
+        dispatch.operations("triton", cpu, torch.float16, 40000)
+    monkeypatch.setattr("backfuse.kernels.launch.INTERPRETED", False)
+    dispatch._obstacle.cache_clear()
+    with pytest.raises(ValueError, match="the tensors are on cpu, expected a GPU"):
+        TransformerBlock(FAMILIES["llama"], impl="triton")(torch.zeros(1, 4, 32))
+    dispatch._obstacle.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"impl": "tritn"}, "impl is 'tritn', expected one of auto.*did you mean 'triton'"),
+        ({"ffn_strategy": "fuse"}, "ffn_strategy is 'fuse', expected.*did you mean 'fused'"),
+    ],
+)
+def test_unknown_names(options, message):
+    spec = BlockSpec(8, 16, 2)
+    for make in (TransformerBlock, lambda s, **o: BlockStack(s, 2, **o)):
+        with pytest.raises(ValueError, match=message):
+            make(spec, **options)
+    block = TransformerBlock(spec)
+    with pytest.raises(ValueError, match=message):
+        ffn(torch.zeros(1, 2, 8), dict(block.named_parameters()), spec, **options)
+
+
+def test_without_triton_the_reference_runs(monkeypatch):
+    """On a machine that has no triton, auto is the reference and triton a clear error."""
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    dispatch._obstacle.cache_clear()
+    cuda = torch.device("cuda")
+    assert dispatch.operations("auto", cuda, torch.bfloat16, 64) is reference
+    with pytest.raises(ValueError, match="impl is 'triton', but triton is not installed"):
+        dispatch.operations("triton", cuda, torch.bfloat16, 64)
+    dispatch._obstacle.cache_clear()
