@@ -10,11 +10,11 @@
 In fp32, from a pre-activation that was rounded to the tensors' dtype: kept or rebuilt, it has the
 same bits, and so has what is made of it.
 
-    silu       x s(x)                                s(x) (1 + x s(-x))         s: sigmoid
+    silu       x s(x)                                s + x s (1 - s)            s: sigmoid
     gelu_tanh  x s(2u), u = c (x + 0.044715 x^3)     s(2u) (1 + x s(-2u) 2u')   c = sqrt(2 / pi)
     gelu       x P(x)                                P + x p                    P, p: normal
 
-(1 - s(x) is written s(-x), which does not cancel where s(x) is near 1.)
+(1 - s(2u) is written s(-2u), which does not cancel where s(2u) is near 1: its factor may be large.)
 """
 
 import torch
@@ -58,7 +58,8 @@ def act(x, KIND: tl.constexpr):
 def act_grad(x, KIND: tl.constexpr):
     """act'(x), fp32."""
     if KIND == "silu":
-        y = _sigmoid(x) * (1.0 + x * _sigmoid(-x))
+        s = _sigmoid(x)
+        y = s + x * s * (1.0 - s)
     elif KIND == "gelu_tanh":
         u2 = 1.5957691216057308 * (x + 0.044715 * x * x * x)
         slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)

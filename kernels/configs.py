@@ -83,9 +83,9 @@ CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
     "ffn_recompute": {
         "sm_80": (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3)),
         "sm_89": (Config(64, 64, 32, 4, 3), Config(64, 64, 16, 4, 2)),
-        "sm_90": (Config(128, 128, 64, 8, 3, split=2), Config(128, 64, 64, 8, 3),
+        "sm_90": (Config(128, 128, 64, 8, 3, split=4), Config(128, 64, 64, 8, 3, split=2),
                   Config(64, 64, 32, 4, 3)),
-        "sm_100": (Config(128, 128, 64, 8, 3, split=2), Config(64, 64, 32, 4, 3)),
+        "sm_100": (Config(128, 128, 64, 8, 3, split=4), Config(64, 64, 32, 4, 3)),
         "gfx942": (Config(128, 64, 32, 8, 2), Config(64, 64, 32, 4, 2), Config(64, 64, 16, 4, 2)),
         "interpreter": (Config(64, 128, 64, 4, 1, split=2),),
     },

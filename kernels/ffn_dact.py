@@ -33,7 +33,7 @@ from .launch import (
     readable,
 )
 from .reference.fp8 import TILE, scale_count
-from .tiles import dot_kn, halves, tile_of
+from .tiles import column_parts, dot_kn, tile_of
 from .tuning import config_for
 
 
@@ -195,14 +195,7 @@ def ffn_dact_kernel(
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION, DESC,
     )  # fmt: skip
     WIDTH: tl.constexpr = BLOCK_N // SPLIT
-    if SPLIT == 1:
-        parts = (d,)
-    elif SPLIT == 2:
-        parts = halves(d, BLOCK_M, BLOCK_N)
-    else:
-        tl.static_assert(SPLIT == 4)
-        left, right = halves(d, BLOCK_M, BLOCK_N)
-        parts = halves(left, BLOCK_M, BLOCK_N // 2) + halves(right, BLOCK_M, BLOCK_N // 2)
+    parts = column_parts(d, BLOCK_M, BLOCK_N, SPLIT)
     offs_m = row + tl.arange(0, BLOCK_M)
     for part in tl.static_range(SPLIT):
         offs_n = col + part * WIDTH + tl.arange(0, WIDTH)

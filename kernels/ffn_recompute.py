@@ -11,12 +11,18 @@ Two strategies give the same bits:
 
     split   `ffn_up` writes gate and up into scratch, `ffn_dact` reads and overwrites them
     fused   one kernel: a loop over h with two accumulators, another one with a third, and one
-            epilogue in column halves
+            epilogue, in column parts
 
 The fused kernel saves writing and reading gate and up, some 2 % of the half; it holds three
 accumulators of a tile in registers, which costs the GEMMs some of their speed. Which one wins is a
 matter of device and shape: `tuning.py` measures it. Both loops are those of the split kernels, in
 their order.
+
+The input comes in normalised. With the norm in the loop instead (gamma on the A tile, rstd a factor
+in the epilogue: `bench/norm_prologue.py`) the kernel compiles as well on sm_90: 252 registers and
+no spill, against 255 and 8 bytes outside the loops. But its A operand then comes from registers,
+which the ptxas that Triton ships is reported to miscompile in pipelined loops; it would round
+otherwise than the forward pass; and the weight gradients read the normalised input anyway.
 """
 
 from collections.abc import Sequence
@@ -30,7 +36,7 @@ from .configs import Config, uses_descriptors
 from .ffn_dact import DownWeight, ffn_dact, new_outputs, store_dact
 from .ffn_up import UpWeights, add_bias, dot_up, ffn_up
 from .launch import cdiv, check_matrix, on_device
-from .tiles import dot_kn, halves, tile_of
+from .tiles import column_parts, dot_kn, tile_of
 from .tuning import config_for, strategy_for
 
 
@@ -83,13 +89,9 @@ def ffn_recompute_kernel(
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION, DESC,
     )  # fmt: skip
     WIDTH: tl.constexpr = BLOCK_N // SPLIT
-    if SPLIT == 1:
-        gates, ups, ds = (acc_gate,), (acc_up,), (d,)
-    else:
-        tl.static_assert(SPLIT == 2)
-        gates = halves(acc_gate, BLOCK_M, BLOCK_N)
-        ups = halves(acc_up, BLOCK_M, BLOCK_N)
-        ds = halves(d, BLOCK_M, BLOCK_N)
+    gates = column_parts(acc_gate, BLOCK_M, BLOCK_N, SPLIT)
+    ups = column_parts(acc_up, BLOCK_M, BLOCK_N, SPLIT)
+    ds = column_parts(d, BLOCK_M, BLOCK_N, SPLIT)
     offs_m = row + tl.arange(0, BLOCK_M)
     for part in tl.static_range(SPLIT):
         offs_n = col + part * WIDTH + tl.arange(0, WIDTH)

@@ -39,7 +39,7 @@ from .launch import (
     readable,
 )
 from .reference.fp8 import LARGEST, TILE, scale_count
-from .tiles import halves, load_tile, tile_of
+from .tiles import column_parts, load_tile, tile_of
 from .tuning import config_for
 
 
@@ -188,11 +188,8 @@ def ffn_up_kernel(
         GATED, PACKED, DESC, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
     )  # fmt: skip
     WIDTH: tl.constexpr = BLOCK_N // SPLIT
-    if SPLIT == 1:
-        gates, ups = (acc_gate,), (acc_up,)
-    else:
-        tl.static_assert(SPLIT == 2)
-        gates, ups = halves(acc_gate, BLOCK_M, BLOCK_N), halves(acc_up, BLOCK_M, BLOCK_N)
+    gates = column_parts(acc_gate, BLOCK_M, BLOCK_N, SPLIT)
+    ups = column_parts(acc_up, BLOCK_M, BLOCK_N, SPLIT)
     offs_m = row + tl.arange(0, BLOCK_M)
     for part in tl.static_range(SPLIT):
         offs_n = col + part * WIDTH + tl.arange(0, WIDTH)

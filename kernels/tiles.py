@@ -62,6 +62,20 @@ def halves(x, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def column_parts(x, ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT: tl.constexpr):
+    """SPLIT parts of `[ROWS, COLS]`, side by side: 1, 2 or 4."""
+    if SPLIT == 1:
+        parts = (x,)
+    elif SPLIT == 2:
+        parts = halves(x, ROWS, COLS)
+    else:
+        tl.static_assert(SPLIT == 4)
+        left, right = halves(x, ROWS, COLS)
+        parts = halves(left, ROWS, COLS // 2) + halves(right, ROWS, COLS // 2)
+    return parts
+
+
+@triton.jit
 def dot_kn(
     x,
     w,

@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure against the alternatives")
     subjects = bench.add_subparsers(title="what to measure", required=True, metavar="WHAT")
     _add_bench_block(subjects)
+    _add_bench_ffn(subjects)
     _add_bench_static(subjects)
+    _add_tune(commands)
     return parser
 
 
@@ -117,6 +119,52 @@ def _bench_block(args: argparse.Namespace) -> int:
     return block.run(block_results.Setup(**setup), **outputs)
 
 
+def _add_bench_ffn(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subjects.add_parser(
+        "ffn",
+        help="the FFN half: time, held bytes, peak; and its kernels against the library",
+        description="Forward and backward of an FFN half, and the kernels one by one on a GPU.",
+    )
+    parser.add_argument(
+        "--shape", metavar="NAME", help="(default: llama-3-8b on a GPU, a small Llama on a CPU)"
+    )
+    parser.add_argument("--hidden-size", type=int, help="instead of the shape's")
+    parser.add_argument("--intermediate-size", type=int, help="instead of the shape's")
+    parser.add_argument("--tokens", type=int, help="(default: 8192 on a GPU, 2048 on a CPU)")
+    parser.add_argument(
+        "--dtype", help="fp32, bf16, fp16 or fp64 (default: bf16 on a GPU, fp32 on a CPU)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="how often everything is timed (default: 5)"
+    )
+    parser.add_argument(
+        "--provider",
+        type=_names,
+        metavar="A,B,...",
+        help="whom to measure; backfuse is one of them, eager always runs (default: all)",
+    )
+    parser.add_argument(
+        "--tables", type=_names, metavar="A,B", help="half and kernels (default: both)"
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument(
+        "--csv", type=Path, metavar="PATH", help="write PATH-half.csv and PATH-kernels.csv"
+    )
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="write a picture (PNG) there")
+    parser.set_defaults(run=_bench_ffn)
+
+
+def _bench_ffn(args: argparse.Namespace) -> int:
+    from backfuse.bench import ffn
+
+    options = {name: value for name, value in vars(args).items() if name != "run"}
+    outputs = {name: options.pop(name) for name in ("csv", "plot")}
+    names = {"provider": "providers"}
+    setup = {names.get(name, name): value for name, value in options.items() if value is not None}
+    return ffn.run(ffn.Setup(**setup), **outputs)
+
+
 def _add_bench_static(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subjects.add_parser(
         "static",
@@ -141,6 +189,27 @@ def _bench_static(args: argparse.Namespace) -> int:
     return static_report.run(
         **{names.get(name, name): value for name, value in options.items() if value is not None}
     )
+
+
+def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="measure the FFN kernels on this GPU, and use what is fastest from now on",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--shape", metavar="NAME", default="llama-3-8b", help="a model's sizes")
+    parser.add_argument("--hidden-size", type=int, help="instead of the shape's")
+    parser.add_argument("--intermediate-size", type=int, help="instead of the shape's")
+    parser.add_argument("--dtype", default="bf16", help="bf16, fp16 or fp32")
+    parser.add_argument("--tokens", type=int, default=4096, help="rows of a call, a chunk's worth")
+    parser.add_argument("--device", default="cuda")
+    parser.set_defaults(run=_tune)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from backfuse.bench import tune
+
+    return tune.run(**{name: value for name, value in vars(args).items() if name != "run"})
 
 
 def _names(text: str) -> tuple[str, ...]:
