@@ -14,11 +14,14 @@ FAMILIES: dict[str, tuple[str, str, bool]] = {
     "backfuse": ("#c8323c", "o", True),
     "torch.compile": ("#3b6ea5", "s", True),
     "torch.utils.checkpoint": ("#5a7d3a", "^", True),
+    "Liger, QuACK": ("#8a5fa8", "v", False),
     "plain PyTorch": ("#444444", "D", False),
 }
 
 LABELS = {
     "checkpoint": "default",
+    "compile": "no recompute",
+    "compile-checkpoint": "with checkpoint",
     "sac-attention": "save attention",
     "sac-every-2nd-mm": "save every 2nd matmul",
 }
@@ -30,8 +33,8 @@ class Point:
 
     Attributes:
         name: of a provider, as in the table.
-        held: KiB per token and layer.
-        time: relative to plain.
+        held: KiB per token (and layer).
+        time: relative to plain PyTorch.
     """
 
     name: str
@@ -45,7 +48,9 @@ class Point:
             return "backfuse"
         if self.name.startswith("compile"):
             return "torch.compile"
-        return "plain PyTorch" if self.name == "plain" else "torch.utils.checkpoint"
+        if self.name.startswith(("liger", "quack")):
+            return "Liger, QuACK"
+        return "plain PyTorch" if self.name in ("plain", "eager") else "torch.utils.checkpoint"
 
     @property
     def label(self) -> str:
@@ -56,7 +61,13 @@ class Point:
 
 
 def tradeoff(
-    points: Sequence[Point], path: Path, *, title: str, subtitle: str, time_label: str
+    points: Sequence[Point],
+    path: Path,
+    *,
+    title: str,
+    subtitle: str,
+    time_label: str,
+    held_label: str = "held for backward, KiB per token and layer (log scale)",
 ) -> None:
     """Draws the points into a PNG.
 
@@ -66,6 +77,7 @@ def tradeoff(
         title: what it shows.
         subtitle: the set-up, in smaller type.
         time_label: of the vertical axis.
+        held_label: of the horizontal one.
 
     Raises:
         ModuleNotFoundError: without matplotlib, with the line that installs it.
@@ -99,7 +111,7 @@ def tradeoff(
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.set_xlabel("held for backward, KiB per token and layer (log scale)")
+    axes.set_xlabel(held_label)
     axes.set_ylabel(time_label)
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=22)
     axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=8.5, color="#555555")

@@ -149,20 +149,23 @@ def _add_bench_ffn(subjects: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument(
-        "--csv", type=Path, metavar="PATH", help="write PATH-half.csv and PATH-kernels.csv"
+        "--csv",
+        type=Path,
+        metavar="PATH",
+        help="write PATH-half.csv and PATH-kernels.csv; with one table, PATH.csv",
     )
     parser.add_argument("--plot", type=Path, metavar="PATH", help="write a picture (PNG) there")
     parser.set_defaults(run=_bench_ffn)
 
 
 def _bench_ffn(args: argparse.Namespace) -> int:
-    from backfuse.bench import ffn
+    from backfuse.bench import ffn, ffn_results
 
     options = {name: value for name, value in vars(args).items() if name != "run"}
     outputs = {name: options.pop(name) for name in ("csv", "plot")}
     names = {"provider": "providers"}
     setup = {names.get(name, name): value for name, value in options.items() if value is not None}
-    return ffn.run(ffn.Setup(**setup), **outputs)
+    return ffn.run(ffn_results.Setup(**setup), **outputs)
 
 
 def _add_bench_static(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
