@@ -19,11 +19,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from backfuse.kernels.reference.attention import (
-    attention_backward,
-    attention_forward,
-    library_core,
-)
 from backfuse.kernels.reference.norm import accumulate_dtype
 from backfuse.kernels.reference.rope import rope_cos_sin
 
@@ -162,7 +157,7 @@ class AttentionHalf:
     def attn_out(self) -> Tensor:
         """The attention's output, `[tokens, q]`; its LSE lands beside it."""
         if "attn_out" not in self.values:
-            out, lse = attention_forward(
+            out, lse = self.call.core.attention_forward(
                 *self.heads(),
                 self.call.mask,
                 bias=self.inputs.attention_mask,
@@ -224,7 +219,7 @@ class AttentionHalf:
         delta = self._new_delta(dout)
         heads = self.heads(None if delta is None else (attn_out, dout, delta))
         by_head = "(b t) n -> b n t"  # as LSE has it
-        dheads = attention_backward(
+        dheads = call.core.attention_backward(
             self._split(dout),
             *heads,
             self._split(attn_out),
@@ -242,13 +237,9 @@ class AttentionHalf:
     def _new_delta(self, dout: Tensor) -> Tensor | None:
         """Room for delta, `[tokens, heads]`; None where the attention core makes its own."""
         call, spec = self.call, self.spec
-        if library_core(
-            call.mask,
-            dout.dtype,
-            dout.device,
-            spec.head_dim,
-            call.seq_len,
-            self.inputs.attention_mask,
+        bias = self.inputs.attention_mask
+        if not call.core.needs_delta(
+            call.mask, dout.dtype, dout.device, spec.head_dim, call.seq_len, bias
         ):
             return None
         return dout.new_empty(

@@ -68,6 +68,7 @@ class Call:
         compute_dtype: of the GEMMs' operands: autocast's, or the weights'.
         chunk_size: tokens a chunk.
         ops: the kernels, or their reference.
+        core: whose attention runs: the kernels' or the reference's.
         ffn_strategy: how the kernels rebuild a pre-activation (see `kernels/ffn_recompute.py`).
         dropout: whether dropout is active.
         max_seqlen: longest packed sequence, where the caller knows it.
@@ -79,6 +80,7 @@ class Call:
     compute_dtype: torch.dtype
     chunk_size: int
     ops: Operations
+    core: Operations
     ffn_strategy: str = "auto"
     dropout: bool = False
     max_seqlen: int | None = None

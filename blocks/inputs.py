@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from backfuse.kernels.dispatch import FFN_STRATEGIES, IMPLEMENTATIONS, operations
+from backfuse.kernels.dispatch import (
+    FFN_STRATEGIES,
+    IMPLEMENTATIONS,
+    library_attention,
+    operations,
+)
 
 from .call import CHUNK_SIZE, Call, Inputs
 from .errors import nearest
@@ -265,17 +271,26 @@ def prepare(
         seed = torch.randint(2**63 - 1, (layers,), device=x.device, dtype=torch.int64)
     compute_dtype = _autocast_dtype(x) or x.dtype
     width = max(spec.hidden_size, spec.q_size)
+    device = x.device
+    head_dim = spec.head_dim if attention else 0
+    ops = operations(impl, device, compute_dtype, width, head_dim, lossy)
     call = Call(
         spec=spec,
         batch_size=x.shape[0],
         seq_len=x.shape[1],
         compute_dtype=compute_dtype,
         chunk_size=chunk_size,
-        ops=operations(impl, x.device, compute_dtype, width, lossy),
+        ops=ops,
+        core=ops,
         ffn_strategy=ffn_strategy,
         dropout=dropout,
         max_seqlen=max_seqlen,
     )
+    if impl == "sdpa" and attention:
+        core = library_attention(
+            call.mask, compute_dtype, device, head_dim, call.seq_len, attention_mask
+        )
+        call = replace(call, core=core)
     return call, Inputs(cos, sin, attention_mask, cu_seqlens, seed)
 
 

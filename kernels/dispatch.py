@@ -6,6 +6,7 @@ in Triton), so that whoever calls them need not know which one it has.
     auto        the kernels for bf16 and fp16 on a GPU of compute capability 8.0 or AMD's; else the
                 reference, whose fp32 GEMMs are the library's
     triton      the kernels; an error where they cannot run
+    sdpa        the kernels, and PyTorch's own attention kernel; an error where either cannot run
     reference   PyTorch's operations, on any device
 """
 
@@ -18,11 +19,13 @@ from types import ModuleType
 import torch
 
 from . import reference
+from .reference.attention import library_core
+from .reference.explicit_attention import AttentionMask
 
 #: A module with the operations: `kernels.reference` lists them.
 Operations = ModuleType
 
-IMPLEMENTATIONS = ("auto", "triton", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "sdpa", "reference")
 
 #: How the kernels rebuild a pre-activation: see `ffn_recompute.py`.
 FFN_STRATEGIES = ("auto", "split", "fused")
@@ -30,9 +33,14 @@ FFN_STRATEGIES = ("auto", "split", "fused")
 #: The longest row that the norm and rotary kernels take.
 MAX_WIDTH = 32768
 
+#: The widest head that the attention kernels take.
+MAX_HEAD_DIM = 256
+
 
 @functools.cache
-def _obstacle(device: torch.device, dtype: torch.dtype, width: int, fp8: bool) -> str | None:
+def _obstacle(
+    device: torch.device, dtype: torch.dtype, width: int, head_dim: int, fp8: bool
+) -> str | None:
     """Why the kernels cannot run, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -52,19 +60,27 @@ def _obstacle(device: torch.device, dtype: torch.dtype, width: int, fp8: bool) -
             )
     if width > MAX_WIDTH:
         return f"a row has {width} elements, expected at most {MAX_WIDTH}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"a head has {head_dim} elements, expected at most {MAX_HEAD_DIM}"
     return None
 
 
 def operations(
-    impl: str, device: torch.device, dtype: torch.dtype, width: int, fp8: bool = False
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    head_dim: int = 0,
+    fp8: bool = False,
 ) -> Operations:
     """The module whose functions run.
 
     Args:
-        impl: `"auto"`, `"triton"` or `"reference"`.
+        impl: a name from `IMPLEMENTATIONS`.
         device: of the tensors.
         dtype: of the GEMMs' operands.
         width: the longest row of a norm, or of q.
+        head_dim: the widest head; 0 without attention.
         fp8: whether something is kept in eight bits.
 
     Raises:
@@ -76,11 +92,35 @@ def operations(
         return reference
     if impl == "auto" and (device.type != "cuda" or dtype.itemsize != 2):
         return reference
-    obstacle = _obstacle(device, dtype, width, fp8)
+    obstacle = _obstacle(device, dtype, width, head_dim, fp8)
     if obstacle is None:
         from . import fused
 
         return fused
     if impl == "auto":
         return reference
-    raise ValueError(f"impl is 'triton', but {obstacle}")
+    raise ValueError(f"impl is {impl!r}, but {obstacle}")
+
+
+def library_attention(
+    mask: AttentionMask,
+    dtype: torch.dtype,
+    device: torch.device,
+    head_dim: int,
+    tokens: int,
+    bias: torch.Tensor | None,
+) -> Operations:
+    """The module whose attention is PyTorch's own kernel, for `impl="sdpa"`.
+
+    On CUDA that kernel adds up dQ with atomics, so that two runs differ in their last bits; ours
+    does not, and is what runs under any other `impl`. Arguments as `reference.library_core`.
+
+    Raises:
+        ValueError: if PyTorch has no kernel for what is asked.
+    """
+    if library_core(mask, dtype, device, head_dim, tokens, bias) is None:
+        raise ValueError(
+            f"impl is 'sdpa', but PyTorch has no attention kernel for {dtype} heads of {head_dim} "
+            f"on {device} with {mask}" + ("" if bias is None else " and an attention_mask")
+        )
+    return reference

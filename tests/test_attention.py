@@ -50,9 +50,15 @@ def plain(q, k, v, mask, bias=None, bounds=None, seed=None):
     empty = (scores == float("-inf")).all(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
     if mask.dropout:
-        n = torch.arange(tokens)
-        kept = dropout_mask(seed, mask.dropout, n, n, torch.arange(batch * heads), mask.site)
-        weights = weights * kept.view_as(weights) / (1 - mask.dropout)
+        kept = torch.zeros(batch, heads, tokens, tokens)
+        spans = zip(bounds or [0, tokens], (bounds or [0, tokens])[1:], strict=False)
+        for number, (a, b) in enumerate(spans):  # counted from each sequence's start
+            if b > a:
+                n = torch.arange(b - a)
+                slices = torch.arange(batch * heads) + number * heads
+                part = dropout_mask(seed, mask.dropout, n, n, slices, mask.site)
+                kept[:, :, a:b, a:b] = part.view(batch, heads, b - a, b - a)
+        weights = weights * kept.to(weights.dtype) / (1 - mask.dropout)
     return torch.einsum("bhij,bjhd->bihd", weights, v)
 
 

@@ -35,6 +35,18 @@ def library_core(
     return None
 
 
+def needs_delta(
+    mask: AttentionMask,
+    dtype: torch.dtype,
+    device: torch.device,
+    head_dim: int,
+    tokens: int,
+    bias: Tensor | None,
+) -> bool:
+    """Whether `attention_backward` wants delta. Arguments as `library_core`."""
+    return library_core(mask, dtype, device, head_dim, tokens, bias) is None
+
+
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -81,7 +93,7 @@ def attention_forward(
         )
         return out.view(-1, *q.shape[-3:]), lse
     spans = sequences(q.shape[1], cu_seqlens)
-    if spans == [(0, q.shape[1])]:
+    if spans == [(0, 0, q.shape[1])]:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             *(x.transpose(1, 2) for x in (q, k, v)), 0.0, mask.causal, scale=mask.scale
         )
@@ -90,7 +102,7 @@ def attention_forward(
     lse = torch.empty(
         (q.shape[0], q.shape[2], q.shape[1]), dtype=accumulate_dtype(q.dtype), device=q.device
     )
-    for a, b in spans:
+    for _, a, b in spans:
         part, part_lse = aten._scaled_dot_product_flash_attention_for_cpu(
             *(x[:, a:b].transpose(1, 2) for x in (q, k, v)), 0.0, mask.causal, scale=mask.scale
         )
@@ -160,7 +172,7 @@ def attention_backward(
         return dq, dk, dv
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
     spans = sequences(q.shape[1], cu_seqlens)
-    if spans == [(0, q.shape[1])]:
+    if spans == [(0, 0, q.shape[1])]:
         grads = backward(
             *(x.transpose(1, 2) for x in (dout, q, k, v, out)),
             lse,
@@ -171,7 +183,7 @@ def attention_backward(
         dq, dk, dv = (g.transpose(1, 2) for g in grads)
         return dq, dk, dv
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    for a, b in spans:
+    for _, a, b in spans:
         grads = backward(
             *(x[:, a:b].transpose(1, 2) for x in (dout, q, k, v, out)),
             lse[:, :, a:b],

@@ -57,10 +57,11 @@ class AttentionMask:
     max_seqlen: int | None = None
 
 
-def sequences(tokens: int, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
-    """The rows of each packed sequence, empty ones left out."""
+def sequences(tokens: int, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
+    """Number, first and last row of each packed sequence, empty ones left out."""
     bounds = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
-    return [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    spans = enumerate(zip(bounds, bounds[1:], strict=False))
+    return [(number, a, b) for number, (a, b) in spans if b > a]
 
 
 def _blocks(start: int, stop: int, mask: AttentionMask, bias: Tensor | None) -> Iterator[Span]:
@@ -168,16 +169,26 @@ def _softmax(scores: Tensor, row_lse: Tensor) -> Tensor:
 
 
 def _dropped(
-    shape: torch.Size, span: Span, mask: AttentionMask, seed: Tensor, dtype: torch.dtype
+    shape: torch.Size,
+    span: Span,
+    number: int,
+    start: int,
+    mask: AttentionMask,
+    seed: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The dropout mask of one block, scaled: `[batch, kv heads, groups, rows, keys]`."""
+    """The dropout mask of one block, scaled: `[batch, kv heads, groups, rows, keys]`.
+
+    Rows and keys count from the start of their sequence, whose number stands in for the batch's.
+    """
+    heads = shape[1] * shape[2]
     q0, q1, k0, k1 = span
     kept = dropout_mask(
         seed,
         mask.dropout,
-        torch.arange(q0, q1, device=seed.device),
-        torch.arange(k0, k1, device=seed.device),
-        torch.arange(shape[0] * shape[1] * shape[2], device=seed.device),
+        torch.arange(q0 - start, q1 - start, device=seed.device),
+        torch.arange(k0 - start, k1 - start, device=seed.device),
+        torch.arange(number * heads, (number + shape[0]) * heads, device=seed.device),
         mask.site,
     )
     return kept.view(shape).to(dtype).div_(1.0 - mask.dropout)
@@ -199,7 +210,7 @@ def explicit_forward(
     lse = torch.full(
         (q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=high, device=q.device
     )
-    for start, stop in sequences(q.shape[1], cu_seqlens):
+    for number, start, stop in sequences(q.shape[1], cu_seqlens):
         for span in _blocks(start, stop, mask, bias):
             q0, q1, k0, k1 = span
             k_part = _heads(k[:, k0:k1], 1, high)
@@ -208,7 +219,7 @@ def explicit_forward(
             weights = _softmax(scores, row_lse)
             if mask.dropout:
                 assert seed is not None
-                weights.mul_(_dropped(weights.shape, span, mask, seed, high))
+                weights.mul_(_dropped(weights.shape, span, number, start, mask, seed, high))
             weights = rearrange(weights, "b h g t s -> b h (g t) s")
             part = torch.matmul(weights, _heads(v[:, k0:k1], 1, high))
             out[:, q0:q1] = rearrange(part, "b h (g t) d -> b t (h g) d", g=groups)
@@ -234,7 +245,7 @@ def explicit_backward(
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.zeros(k.shape, dtype=high, device=k.device)
     dv = torch.zeros(v.shape, dtype=high, device=v.device)
-    for start, stop in sequences(q.shape[1], cu_seqlens):
+    for number, start, stop in sequences(q.shape[1], cu_seqlens):
         for span in _blocks(start, stop, mask, bias):
             q0, q1, k0, k1 = span
             q_part, k_part = _heads(q[:, q0:q1], groups, high), _heads(k[:, k0:k1], 1, high)
@@ -247,7 +258,7 @@ def explicit_backward(
             dropped = weights
             if mask.dropout:
                 assert seed is not None
-                factor = _dropped(weights.shape, span, mask, seed, high)
+                factor = _dropped(weights.shape, span, number, start, mask, seed, high)
                 dropped, dweights = weights * factor, dweights.mul_(factor)
             dropped = rearrange(dropped, "b h g t s -> b h (g t) s")
             dv[:, k0:k1] += rearrange(

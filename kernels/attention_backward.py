@@ -1,0 +1,360 @@
+"""Flash attention, backward: two kernels, no atomics.
+
+    P = exp(S - LSE)       dP = dO V^T o mask / (1 - p)     dS = P o (dP - delta) [* (1 - tanh^2)]
+    dV = (P o mask / (1 - p))^T dO        dK = scale dS^T Q        dQ = scale dS K
+
+| kept | recomputed | GEMMs |
+|---|---|---|
+| Q, K, V (or rebuilt by the caller), O (in delta) and LSE | P, twice | 7 |
+
+The one for dK and dV holds a block of keys and walks over the queries that see it, of all heads of
+its group; the one for dQ holds a block of queries and walks over keys, as the forward does. S^T and
+dP^T are computed as such (`K Q^T`, `V dO^T`), so that no operand of a product is a transposed
+accumulator: that goes wrong on Hopper before Triton 3.7.1. P is computed twice for it, and in
+return every sum has one owner and one order.
+
+delta, the row sums of O o dO, comes from the pass that rotates q and k (`qk_rope.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention import (
+    LOG2E,
+    Launch,
+    dropout_factor,
+    keys_seen,
+    load_rows,
+    rows_of,
+    score,
+    sequence_of,
+    visible,
+)
+from .attention_configs import choose
+from .configs import Config
+from .launch import on_device
+from .reference.explicit_attention import AttentionMask
+
+
+@triton.jit
+def queries_seeing(
+    col, length, window,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Queries that see some key of a block, and those that see all of it: `lo <= full_lo <= full_hi
+    <= hi`, all but `hi` multiples of BLOCK_M."""
+    lo, hi = 0, length
+    full_lo, full_hi = 0, length // BLOCK_M * BLOCK_M
+    last = tl.minimum(col + BLOCK_N, length)  # one past the last key
+    if CAUSAL:
+        lo = col // BLOCK_M * BLOCK_M
+        full_lo = tl.cdiv(last - 1, BLOCK_M) * BLOCK_M
+    if WINDOW:
+        hi = tl.minimum(length, last + window - 1)
+        full_hi = tl.minimum(length, col + window) // BLOCK_M * BLOCK_M
+        if not CAUSAL:
+            lo = tl.maximum(col - window + 1, 0) // BLOCK_M * BLOCK_M
+            full_lo = tl.cdiv(tl.maximum(last - window, 0), BLOCK_M) * BLOCK_M
+    end = tl.cdiv(hi, BLOCK_M) * BLOCK_M
+    if col + BLOCK_N > length:  # keys past the end: every block of queries needs the mask
+        full_lo = end
+    full_lo = tl.minimum(tl.maximum(full_lo, lo), end)
+    full_hi = tl.maximum(full_lo, tl.minimum(full_hi, hi // BLOCK_M * BLOCK_M))
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def _probabilities(
+    dots, row_lse, scale, softcap, seen, SOFTCAP: tl.constexpr, MASKED: tl.constexpr
+):
+    """P from `Q K^T` (or P^T from its transpose), and tanh's value. `row_lse` in units of log 2."""
+    scores, tanh = score(dots, scale, softcap, SOFTCAP)
+    weights = tl.exp2(scores - row_lse)
+    if MASKED:
+        weights = tl.where(seen, weights, 0.0)
+    return weights, tanh
+
+
+@triton.jit
+def _row_lse(lse, rows, mask):
+    """LSE of some rows in units of log 2; 0 for those that see nothing, whose P is masked."""
+    value = tl.load(lse + rows, mask=mask, other=0.0)
+    return tl.where(value == float("-inf"), 0.0, value * LOG2E)
+
+
+@triton.jit
+def _dkdv_step(
+    dk, dv, k_tile, v_tile, q, dout, lse, delta, first, length, row, col, offs_n, head, batch,
+    stride_qt, stride_qh, stride_dt, stride_dh, stride_lb, stride_lh, stride_lt,
+    stride_eb, stride_eh, stride_et,
+    scale, softcap, window, seed, slice_number, threshold, keep_scale,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    SITE: tl.constexpr, VARLEN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    DESC: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One block of queries: adds to dK and dV."""
+    offs_m = row + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < length
+    place = (first + offs_m).to(tl.int64) if VARLEN else offs_m.to(tl.int64)
+    q_tile = load_rows(
+        q, first, row, length, head, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, DESC
+    )  # [BLOCK_M, BLOCK_D]
+    dots = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    seen = mask_m[None, :]
+    if MASKED:
+        seen = visible(offs_m[None, :], offs_n[:, None], length, window, CAUSAL, WINDOW)
+    row_lse = _row_lse(lse, batch * stride_lb + head * stride_lh + place * stride_lt, mask_m)
+    weights, tanh = _probabilities(dots, row_lse[None, :], scale, softcap, seen, SOFTCAP, MASKED)
+    do_tile = load_rows(
+        dout, first, row, length, head, stride_dt, stride_dh, BLOCK_M, BLOCK_D, HEAD_DIM, DESC
+    )  # [BLOCK_M, BLOCK_D]
+    dweights = tl.dot(v_tile, do_tile.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    dropped = weights
+    if DROPOUT:
+        factor = dropout_factor(
+            seed, row, col, slice_number, threshold, keep_scale, SITE, BLOCK_M, BLOCK_N, True
+        )
+        dropped = weights * factor
+        dweights *= factor
+    dv = tl.dot(dropped.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
+    row_delta = tl.load(
+        delta + batch * stride_eb + head * stride_eh + place * stride_et, mask=mask_m, other=0.0
+    )
+    dscores = weights * (dweights - row_delta[None, :])
+    if SOFTCAP:
+        dscores *= 1.0 - tanh * tanh
+    if MASKED:  # what stands past a sequence's end is not said, and may be infinite times 0
+        dscores = tl.where(seen, dscores, 0.0)
+    dk = tl.dot(dscores.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "threshold"])
+def attention_dkdv_kernel(
+    q, k, v, dout, lse, delta, dk, dv, cu_seqlens, tile_sequence, tile_block, seed,
+    tokens, heads, group,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
+    stride_lb, stride_lh, stride_lt, stride_eb, stride_eh, stride_et,
+    stride_dkt, stride_dkh, stride_dvt, stride_dvh,
+    scale, softcap, window, threshold, keep_scale,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    SITE: tl.constexpr, VARLEN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DESC: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of a block of keys of one head, from all query heads of its group."""
+    kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first, length, sequence, col = sequence_of(
+        tl.program_id(0), batch, tile_sequence, tile_block, cu_seqlens, tokens, BLOCK_N, VARLEN
+    )
+    if length > 0:
+        offs_n = col + tl.arange(0, BLOCK_N)
+        k_tile = load_rows(
+            k, first, col, length, kv_head, stride_kt, stride_kh, BLOCK_N, BLOCK_D, HEAD_DIM, DESC
+        )
+        v_tile = load_rows(
+            v, first, col, length, kv_head, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, DESC
+        )
+        acc_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        acc_dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        lo, full_lo, full_hi, hi = queries_seeing(
+            col, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW
+        )
+        left = (full_lo - lo) // BLOCK_M
+        edges = left + tl.cdiv(hi - full_hi, BLOCK_M)
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            slice_number = sequence * heads + head
+            for block in range(0, edges):
+                row = tl.where(
+                    block < left, lo + block * BLOCK_M, full_hi + (block - left) * BLOCK_M
+                )
+                acc_dk, acc_dv = _dkdv_step(
+                    acc_dk, acc_dv, k_tile, v_tile, q, dout, lse, delta, first, length, row, col,
+                    offs_n, head, batch, stride_qt, stride_qh, stride_dt, stride_dh,
+                    stride_lb, stride_lh, stride_lt, stride_eb, stride_eh, stride_et,
+                    scale, softcap, window, seed, slice_number, threshold, keep_scale,
+                    CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, VARLEN, True, PRECISION, DESC,
+                    HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+            for row in range(full_lo, full_hi, BLOCK_M):
+                acc_dk, acc_dv = _dkdv_step(
+                    acc_dk, acc_dv, k_tile, v_tile, q, dout, lse, delta, first, length, row, col,
+                    offs_n, head, batch, stride_qt, stride_qh, stride_dt, stride_dh,
+                    stride_lb, stride_lh, stride_lt, stride_eb, stride_eh, stride_et,
+                    scale, softcap, window, seed, slice_number, threshold, keep_scale,
+                    CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, VARLEN, False, PRECISION, DESC,
+                    HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+        offs_d = tl.arange(0, BLOCK_D)[None, :]
+        tokens_n = (first + offs_n).to(tl.int64)[:, None]
+        mask = (offs_n < length)[:, None] & (offs_d < HEAD_DIM)
+        at_dk = dk + tokens_n * stride_dkt + kv_head * stride_dkh + offs_d
+        tl.store(at_dk, (acc_dk * scale).to(DTYPE), mask=mask)
+        at_dv = dv + tokens_n * stride_dvt + kv_head * stride_dvh + offs_d
+        tl.store(at_dv, acc_dv.to(DTYPE), mask=mask)
+
+
+@triton.jit
+def _dq_step(
+    dq, q_tile, do_tile, row_lse, row_delta, k, v, first, length, row, col, offs_m, kv_head,
+    stride_kt, stride_kh, stride_vt, stride_vh,
+    scale, softcap, window, seed, slice_number, threshold, keep_scale,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    SITE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, DESC: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: adds to dQ."""
+    k_tile = load_rows(
+        k, first, col, length, kv_head, stride_kt, stride_kh, BLOCK_N, BLOCK_D, HEAD_DIM, DESC
+    )  # [BLOCK_N, BLOCK_D]
+    dots = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    offs_n = col + tl.arange(0, BLOCK_N)
+    seen = (offs_n < length)[None, :]
+    if MASKED:
+        seen = visible(offs_m[:, None], offs_n[None, :], length, window, CAUSAL, WINDOW)
+    weights, tanh = _probabilities(dots, row_lse[:, None], scale, softcap, seen, SOFTCAP, MASKED)
+    v_tile = load_rows(
+        v, first, col, length, kv_head, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, DESC
+    )  # [BLOCK_N, BLOCK_D]
+    dweights = tl.dot(do_tile, v_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if DROPOUT:
+        dweights *= dropout_factor(
+            seed, row, col, slice_number, threshold, keep_scale, SITE, BLOCK_M, BLOCK_N, False
+        )
+    dscores = weights * (dweights - row_delta[:, None])
+    if SOFTCAP:
+        dscores *= 1.0 - tanh * tanh
+    if MASKED:
+        dscores = tl.where(seen, dscores, 0.0)
+    return tl.dot(dscores.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "threshold"])
+def attention_dq_kernel(
+    q, k, v, dout, lse, delta, dq, cu_seqlens, tile_sequence, tile_block, seed,
+    tokens, heads, group,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
+    stride_lb, stride_lh, stride_lt, stride_eb, stride_eh, stride_et, stride_dqt, stride_dqh,
+    scale, softcap, window, threshold, keep_scale,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    SITE: tl.constexpr, VARLEN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DESC: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dQ of a block of queries of one head."""
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # the heavy ones first
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first, length, sequence, row = sequence_of(
+        pid, batch, tile_sequence, tile_block, cu_seqlens, tokens, BLOCK_M, VARLEN
+    )
+    if length > 0:
+        kv_head = head // group
+        offs_m = row + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < length
+        place = (first + offs_m).to(tl.int64) if VARLEN else offs_m.to(tl.int64)
+        q_tile = load_rows(
+            q, first, row, length, head, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, DESC
+        )
+        do_tile = load_rows(
+            dout, first, row, length, head, stride_dt, stride_dh, BLOCK_M, BLOCK_D, HEAD_DIM, DESC
+        )
+        row_lse = _row_lse(lse, batch * stride_lb + head * stride_lh + place * stride_lt, mask_m)
+        row_delta = tl.load(
+            delta + batch * stride_eb + head * stride_eh + place * stride_et, mask=mask_m, other=0.0
+        )
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        slice_number = sequence * heads + head
+        lo, full_lo, full_hi, hi = keys_seen(row, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+        for col in range(full_lo, full_hi, BLOCK_N):
+            acc = _dq_step(
+                acc, q_tile, do_tile, row_lse, row_delta, k, v, first, length, row, col, offs_m,
+                kv_head, stride_kt, stride_kh, stride_vt, stride_vh,
+                scale, softcap, window, seed, slice_number, threshold, keep_scale,
+                CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, False, PRECISION, DESC,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        left = (full_lo - lo) // BLOCK_N
+        for block in range(0, left + tl.cdiv(hi - full_hi, BLOCK_N)):
+            col = tl.where(block < left, lo + block * BLOCK_N, full_hi + (block - left) * BLOCK_N)
+            acc = _dq_step(
+                acc, q_tile, do_tile, row_lse, row_delta, k, v, first, length, row, col, offs_m,
+                kv_head, stride_kt, stride_kh, stride_vt, stride_vh,
+                scale, softcap, window, seed, slice_number, threshold, keep_scale,
+                CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, True, PRECISION, DESC,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        offs_d = tl.arange(0, BLOCK_D)[None, :]
+        at = dq + (first + offs_m).to(tl.int64)[:, None] * stride_dqt + head * stride_dqh + offs_d
+        tl.store(at, (acc * scale).to(DTYPE), mask=mask_m[:, None] & (offs_d < HEAD_DIM))
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    mask: AttentionMask,
+    delta: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    seed: Tensor | None = None,
+    dkdv_config: Config | None = None,
+    dq_config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v. As `reference.explicit_attention.explicit_backward`, without a bias.
+
+    Args:
+        delta: `[batch, heads, tokens]`, fp32, any strides.
+        dkdv_config: tile sizes; None for the table's.
+        dq_config: see dkdv_config.
+
+    Raises:
+        TypeError: for a dtype no kernel takes.
+        ValueError: for shapes, strides or devices that do not fit.
+    """
+    if dout.shape != q.shape or dout.dtype != q.dtype or dout.stride(3) != 1:
+        dout = dout.contiguous()
+    launch = Launch(q, k, v, mask, cu_seqlens, seed, others=(dout,))
+    shape = (launch.batch, launch.heads, launch.tokens)
+    for name, rows in (("lse", lse), ("delta", delta)):
+        if rows.dtype != torch.float32 or tuple(rows.shape) != shape or rows.device != q.device:
+            raise ValueError(
+                f"{name} is {rows.dtype} {list(rows.shape)} on {rows.device}, expected "
+                f"torch.float32 {list(shape)} on {q.device}"
+            )
+    d, size = launch.block_d, q.element_size()
+    keys = dkdv_config or choose("attention_dkdv", q.device, size, d)
+    queries = dq_config or choose("attention_dq", q.device, size, d)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    strides = [s for x in (q, k, v, dout) for s in x.stride()[1:3]]
+    strides += [*lse.stride(), *delta.stride()]
+    with on_device(q):
+        grid, table = launch.grid(keys.block_n, launch.kv_heads)
+        attention_dkdv_kernel[grid](
+            rows_of(q, keys.block_m, d, launch.desc), rows_of(k, keys.block_n, d, launch.desc),
+            rows_of(v, keys.block_n, d, launch.desc), rows_of(dout, keys.block_m, d, launch.desc),
+            lse, delta, dk, dv, cu_seqlens, *table, seed,
+            launch.tokens, launch.heads, launch.group,
+            *strides, *dk.stride()[1:3], *dv.stride()[1:3], *launch.numbers,
+            **launch.flags, BLOCK_M=keys.block_m, BLOCK_N=keys.block_n,
+            num_warps=keys.num_warps, num_stages=keys.num_stages,
+        )  # fmt: skip
+        grid, table = launch.grid(queries.block_m, launch.heads)
+        attention_dq_kernel[grid](
+            rows_of(q, queries.block_m, d, launch.desc),
+            rows_of(k, queries.block_n, d, launch.desc),
+            rows_of(v, queries.block_n, d, launch.desc),
+            rows_of(dout, queries.block_m, d, launch.desc),
+            lse, delta, dq, cu_seqlens, *table, seed,
+            launch.tokens, launch.heads, launch.group,
+            *strides, *dq.stride()[1:3], *launch.numbers,
+            **launch.flags, BLOCK_M=queries.block_m, BLOCK_N=queries.block_n,
+            num_warps=queries.num_warps, num_stages=queries.num_stages,
+        )  # fmt: skip
+    return dq, dk, dv
