@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from backfuse.kernels.attention_configs import CONFIGS as ATTENTION_CONFIGS
+from backfuse.kernels.attention_configs import HEAVY
 from backfuse.kernels.configs import CONFIGS, Config, fits
 from backfuse.kernels.reference.fp8 import LARGEST, TILE
 from backfuse.kernels.reference.norm import NormSpec
@@ -39,6 +41,9 @@ MODULES = {
     "qk_rope_forward": "qk_rope",
     "qk_rope_backward": "qk_rope",
     "attention_delta": "attention_delta",
+    "attention_forward": "attention",
+    "attention_dkdv": "attention_backward",
+    "attention_dq": "attention_backward",
     "ffn_recompute_norm": "norm_prologue",
 }
 
@@ -440,6 +445,64 @@ def _qk_rope_cases(kernel: str, architecture: str) -> Iterator[Case]:
         yield _elementwise(kernel, architecture, variant, args, tile, options)
 
 
+#: Variants of the attention kernels -> what is asked of them; all are causal.
+ATTENTION_VARIANTS: dict[str, tuple[str, ...]] = {
+    "main": (),
+    "window": ("WINDOW",),
+    "softcap": ("SOFTCAP",),
+    "packed": ("VARLEN",),
+    "dropout": ("DROPOUT",),
+}
+
+
+def _attention(kernel: str, architecture: str, variant: str, config: Config) -> Case:
+    """A case of an attention kernel, for heads as wide as the configuration's."""
+    args, dtype, desc = _Arguments(), "bf16", architecture in DESCRIPTORS
+    m, n, d = config.block_m, config.block_n, config.block_k
+    asked = ATTENTION_VARIANTS[variant]
+    tiles = {"q": m, "k": n, "v": n}
+    if kernel != "attention_forward":
+        tiles["dout"] = m
+        args.pointer("delta", "fp32")
+        args.scalars("stride_dt stride_dh stride_eb stride_eh stride_et")
+    for name, rows in tiles.items():
+        args.matrix(name, dtype, desc, rows, d)
+    args.scalars("stride_qt stride_qh stride_kt stride_kh stride_vt stride_vh")
+    args.scalars("stride_lb stride_lh stride_lt")
+    for name in {"attention_forward": ("out",), "attention_dq": ("dq",)}.get(kernel, ("dk", "dv")):
+        args.pointer(name, dtype)
+        short = "o" if name == "out" else name
+        args.scalars(f"stride_{short}t stride_{short}h")
+    args.pointer("lse", "fp32")
+    args.pointer("seed", "i64", "DROPOUT" in asked)
+    for name in ("cu_seqlens", "tile_sequence", "tile_block"):
+        args.pointer(name, "i32", "VARLEN" in asked)
+    args.scalars("tokens heads group window threshold")
+    args.scalars("scale softcap keep_scale", "fp32")
+    args.constexprs |= {flag: flag in asked for flag in ("WINDOW", "SOFTCAP", "VARLEN", "DROPOUT")}
+    args.constexprs |= {
+        "CAUSAL": True, "SITE": 0, "DTYPE": dtype, "PRECISION": "tf32", "DESC": desc,
+        "HEAD_DIM": d, "BLOCK_D": d, "BLOCK_M": m, "BLOCK_N": n,
+    }  # fmt: skip
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return Case(
+        kernel, architecture, variant, dtype, f"{m}x{n}x{d}", args.types, args.constexprs, options,
+        unaligned=("group", "window", "stride_lt", "stride_et"),
+    )  # fmt: skip
+
+
+def _attention_cases(kernel: str, architecture: str) -> Iterator[Case]:
+    configs = ATTENTION_CONFIGS[kernel][architecture]
+    default = next(config for config in configs if config.block_k == HEAD_DIM)
+    for config in (default, *(config for config in configs if config != default)):
+        yield _attention(kernel, architecture, "main", config)
+    heavy = (*HEAVY.get(kernel, {}).get(architecture, ()), default)[0]
+    for variant in ATTENTION_VARIANTS:
+        if variant != "main":
+            chosen = default if variant == "window" else heavy
+            yield _attention(kernel, architecture, variant, chosen)
+
+
 def _norm_prologue_case(architecture: str) -> Iterator[Case]:
     """The default configuration of `ffn_recompute`, with the norm in the loop."""
     if architecture not in DESCRIPTORS:
@@ -473,6 +536,8 @@ def cases(architectures: Sequence[str], kernels: Sequence[str]) -> list[Case]:
         for kernel in kernels:
             if kernel in CONFIGS:
                 found += _gemm_cases(kernel, architecture)
+            elif kernel in ATTENTION_CONFIGS:
+                found += _attention_cases(kernel, architecture)
             elif kernel in EXPERIMENTS:
                 found += _norm_prologue_case(architecture)
             elif kernel == "activation":

@@ -31,7 +31,6 @@ from .configs import Config, uses_descriptors
 from .dispatch import MAX_HEAD_DIM
 from .launch import (
     DTYPES,
-    SAME_BITS,
     TRITON_DTYPES,
     cdiv,
     describable,
@@ -65,7 +64,8 @@ def load_rows(
     next sequence's rows, or zeros.
     """
     if DESC:
-        tile = source.load([(first + row).to(tl.int32), head, 0]).reshape(BLOCK_ROW, BLOCK_D)
+        tl.static_assert(BLOCK_D == HEAD_DIM)
+        tile = source.load([(first + row).to(tl.int32), head * HEAD_DIM])
     else:
         offs_row, offs_d = row + tl.arange(0, BLOCK_ROW), tl.arange(0, BLOCK_D)
         pointers = source + (first + offs_row).to(tl.int64)[:, None] * stride_row
@@ -344,11 +344,19 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q has heads of {head_dim}, expected at most {MAX_HEAD_DIM}")
 
 
-def rows_of(x: Tensor, config_rows: int, block_d: int, desc: bool) -> Any:
-    """Heads `[batch, tokens, heads, dim]` as a kernel takes them: a pointer, or a descriptor."""
+def rows_of(x: Tensor, rows: int, desc: bool) -> Any:
+    """Heads `[batch, tokens, heads, dim]` as a kernel takes them: a pointer, or a descriptor of
+    `[batch * tokens, heads * dim]`, whose heads stand side by side."""
     if not desc:
         return x
-    return descriptor(x.flatten(0, 1), config_rows, 1, block_d)
+    batch, tokens, heads, head_dim = x.shape
+    flat = x.as_strided((batch * tokens, heads * head_dim), (x.stride(1), 1))
+    return descriptor(flat, rows, head_dim)
+
+
+def side_by_side(x: Tensor, block_d: int) -> bool:
+    """Whether a descriptor can load blocks of one head: no channel of the next one is in them."""
+    return x.shape[3] == block_d and x.stride(2) == block_d
 
 
 class Launch:
@@ -384,7 +392,10 @@ class Launch:
         if cu_seqlens is not None and self.batch != 1:
             raise ValueError(f"q has a batch of {self.batch}, expected 1 with cu_seqlens")
         self.cu_seqlens, self.seed = cu_seqlens, seed
-        self.desc = uses_descriptors(q) and all(describable(x) for x in (q, k, v, *others))
+        self.heavy = bool(mask.softcap or mask.dropout or cu_seqlens is not None)
+        self.desc = uses_descriptors(q) and all(
+            describable(x) and side_by_side(x, self.block_d) for x in (q, k, v, *others)
+        )
         # what a window, a cap and dropout are without one: numbers that are not read
         threshold = int(mask.dropout * 2**32)
         self.numbers = (
@@ -406,7 +417,6 @@ class Launch:
             "DESC": self.desc,
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": self.block_d,
-            **SAME_BITS,
         }
 
     def grid(self, block: int, heads: int) -> tuple[tuple[int, int, int], tuple[Any, Any]]:
@@ -438,18 +448,18 @@ def attention_forward(
     """
     launch = Launch(q, k, v, mask, cu_seqlens, seed)
     if config is None:
-        config = choose("attention_forward", q.device, q.element_size(), launch.block_d)
+        size = q.element_size()
+        config = choose("attention_forward", q.device, size, launch.block_d, launch.heavy)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(
         (launch.batch, launch.heads, launch.tokens), dtype=torch.float32, device=q.device
     )
     grid, table = launch.grid(config.block_m, launch.heads)
-    d = launch.block_d
     with on_device(q):
         attention_forward_kernel[grid](
-            rows_of(q, config.block_m, d, launch.desc),
-            rows_of(k, config.block_n, d, launch.desc),
-            rows_of(v, config.block_n, d, launch.desc),
+            rows_of(q, config.block_m, launch.desc),
+            rows_of(k, config.block_n, launch.desc),
+            rows_of(v, config.block_n, launch.desc),
             out, lse, cu_seqlens, *table, seed,
             launch.tokens, launch.heads, launch.group,
             *q.stride()[1:3], *k.stride()[1:3], *v.stride()[1:3], *out.stride()[1:3],

@@ -329,16 +329,16 @@ def attention_backward(
                 f"torch.float32 {list(shape)} on {q.device}"
             )
     d, size = launch.block_d, q.element_size()
-    keys = dkdv_config or choose("attention_dkdv", q.device, size, d)
-    queries = dq_config or choose("attention_dq", q.device, size, d)
+    keys = dkdv_config or choose("attention_dkdv", q.device, size, d, launch.heavy)
+    queries = dq_config or choose("attention_dq", q.device, size, d, launch.heavy)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     strides = [s for x in (q, k, v, dout) for s in x.stride()[1:3]]
     strides += [*lse.stride(), *delta.stride()]
     with on_device(q):
         grid, table = launch.grid(keys.block_n, launch.kv_heads)
         attention_dkdv_kernel[grid](
-            rows_of(q, keys.block_m, d, launch.desc), rows_of(k, keys.block_n, d, launch.desc),
-            rows_of(v, keys.block_n, d, launch.desc), rows_of(dout, keys.block_m, d, launch.desc),
+            rows_of(q, keys.block_m, launch.desc), rows_of(k, keys.block_n, launch.desc),
+            rows_of(v, keys.block_n, launch.desc), rows_of(dout, keys.block_m, launch.desc),
             lse, delta, dk, dv, cu_seqlens, *table, seed,
             launch.tokens, launch.heads, launch.group,
             *strides, *dk.stride()[1:3], *dv.stride()[1:3], *launch.numbers,
@@ -347,10 +347,10 @@ def attention_backward(
         )  # fmt: skip
         grid, table = launch.grid(queries.block_m, launch.heads)
         attention_dq_kernel[grid](
-            rows_of(q, queries.block_m, d, launch.desc),
-            rows_of(k, queries.block_n, d, launch.desc),
-            rows_of(v, queries.block_n, d, launch.desc),
-            rows_of(dout, queries.block_m, d, launch.desc),
+            rows_of(q, queries.block_m, launch.desc),
+            rows_of(k, queries.block_n, launch.desc),
+            rows_of(v, queries.block_n, launch.desc),
+            rows_of(dout, queries.block_m, launch.desc),
             lse, delta, dq, cu_seqlens, *table, seed,
             launch.tokens, launch.heads, launch.group,
             *strides, *dq.stride()[1:3], *launch.numbers,

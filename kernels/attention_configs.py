@@ -56,6 +56,17 @@ CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
 }  # fmt: skip
 
 
+#: Those that come first where a softcap, dropout or packed sequences ask for more registers: with
+#: the larger tiles above, their loops spill.
+HEAVY: dict[str, dict[str, tuple[Config, ...]]] = {
+    "attention_forward": {"sm_90": (Config(128, 64, 128, 8, 2),)},
+    "attention_dkdv": {
+        "sm_90": (Config(32, 64, 128, 8, 2),),
+        "sm_100": (Config(32, 64, 128, 8, 2),),
+    },
+}
+
+
 def shared_bytes(kernel: str, config: Config, itemsize: int) -> int:
     """Bytes of shared memory of the tiles that stay, and of those in flight."""
     stays, flies = {
@@ -67,7 +78,9 @@ def shared_bytes(kernel: str, config: Config, itemsize: int) -> int:
 
 
 @functools.cache
-def choose(kernel: str, device: torch.device, itemsize: int, block_d: int) -> Config:
+def choose(
+    kernel: str, device: torch.device, itemsize: int, block_d: int, heavy: bool = False
+) -> Config:
     """The configuration a kernel runs with.
 
     Args:
@@ -75,12 +88,14 @@ def choose(kernel: str, device: torch.device, itemsize: int, block_d: int) -> Co
         device: where it runs.
         itemsize: bytes of an element.
         block_d: the head dim, rounded up to a power of two.
+        heavy: whether there is a softcap, dropout, or packed sequences.
 
     Raises:
         ValueError: if none fits.
     """
     name = table_of(device, itemsize)
-    for config in CONFIGS[kernel][name]:
+    first = HEAVY.get(kernel, {}).get(name, ()) if heavy else ()
+    for config in (*first, *CONFIGS[kernel][name]):
         fits = shared_bytes(kernel, config, itemsize) <= SHARED_MEMORY[name]
         if config.block_k >= block_d and fits:
             return config

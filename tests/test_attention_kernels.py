@@ -11,7 +11,7 @@ from test_attention import MASKS, check
 from backfuse.kernels import fused, reference
 from backfuse.kernels.attention import attention_forward, packed_tiles
 from backfuse.kernels.attention_backward import attention_backward
-from backfuse.kernels.attention_configs import CONFIGS, choose, shared_bytes
+from backfuse.kernels.attention_configs import CONFIGS, HEAVY, choose, shared_bytes
 from backfuse.kernels.configs import SHARED_MEMORY, Config
 from backfuse.kernels.reference.explicit_attention import AttentionMask
 
@@ -68,7 +68,13 @@ def test_lengths(tokens, name, poisoned_empty):
 
 
 TABLE = sorted(
-    {(kernel, c) for kernel, table in CONFIGS.items() for cs in table.values() for c in cs},
+    {
+        (kernel, config)
+        for tables in (CONFIGS, HEAVY)
+        for kernel, table in tables.items()
+        for configs in table.values()
+        for config in configs
+    },
     key=str,
 )
 

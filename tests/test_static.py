@@ -106,6 +106,16 @@ def test_hopper_spills_nothing_in_a_loop_and_serialises_nothing(kernel, cache):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernel", static_cases.ATTENTION_CONFIGS)
+def test_hopper_attention_spills_nothing_in_a_loop_and_serialises_nothing(kernel, cache):
+    for case, found in compiled(cases(["sm_90"], [kernel]), cache):
+        where = f"{kernel} {case.variant} {case.tile}: {found}"
+        assert "error" not in found, where
+        assert not found["serialized"] and found["loop_spills"] == 0, where
+        assert found["tensor_core"].startswith("wgmma") and found["tma"], where
+
+
+@pytest.mark.slow
 def test_a_spilling_kernel_is_seen(cache):
     # Four accumulators' worth of a tile on four warps: it cannot fit into registers.
     config = Config(128, 256, 64, 4, 3)
