@@ -68,6 +68,6 @@ def ffn_recompute_norm_kernel(
         gate = (gates[part] * factor).to(DTYPE).to(tl.float32)
         up = (ups[part] * factor).to(DTYPE).to(tl.float32)
         store_dact(
-            ds[part], gate, up, dpreact, hidden, None, pid_m, offs_m, offs_n, M, N,
-            stride_dm, stride_hm, KIND, True, True, False, DTYPE,
+            ds[part], gate, up, dpreact, hidden, offs_m, offs_n, M, N,
+            stride_dm, stride_hm, KIND, True, True, DTYPE,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 
 from backfuse.kernels.attention_configs import CONFIGS as ATTENTION_CONFIGS
 from backfuse.kernels.attention_configs import HEAVY
-from backfuse.kernels.configs import CONFIGS, Config, fits
+from backfuse.kernels.configs import CONFIGS, UNALIGNED, Config, fits
 from backfuse.kernels.reference.fp8 import LARGEST, TILE
 from backfuse.kernels.reference.norm import NormSpec
 from backfuse.kernels.reference.qk_rope import QKSpec
@@ -64,10 +64,11 @@ class Flags:
         gated: the FFN has a gate.
         stacked: gate and up are one tensor, which one descriptor loads.
         descriptors: operands are loaded through descriptors, on architectures that have them.
+        aligned: widths and strides are multiples of 16, as a model's are.
         kind: the activation.
         preact: how the pre-activation is kept: `"kept"`, `"e4m3"` or `"dropped"`.
         hidden: the activated hidden is written.
-        bias: the first projections have biases, and a backward kernel sums their gradients.
+        bias: the first projections have biases.
         accumulate: the weight gradient is added to what is there.
         dtype: of the operands.
     """
@@ -75,6 +76,7 @@ class Flags:
     gated: bool = True
     stacked: bool = True
     descriptors: bool = True
+    aligned: bool = True
     kind: str = "silu"
     preact: str = "kept"
     hidden: bool = True
@@ -95,16 +97,16 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "e4m3": {"preact": "e4m3"},
         "rebuild": {"hidden": False},
         "pointers": {"descriptors": False},
+        "unaligned": {"descriptors": False, "aligned": False},
         "fp16": {"dtype": "fp16"},
         "fp32": {"dtype": "fp32"},
     },
     "ffn_dact": {
         "plain": {"gated": False},
         "gelu": {"kind": "gelu"},
-        "bias": {"bias": True},
         "e4m3": {"preact": "e4m3"},
-        "e4m3+bias": {"preact": "e4m3", "bias": True},
         "pointers": {"descriptors": False},
+        "unaligned": {"descriptors": False, "aligned": False},
         "fp16": {"dtype": "fp16"},
         "fp32": {"dtype": "fp32"},
     },
@@ -114,12 +116,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "gelu": {"kind": "gelu"},
         "bias": {"bias": True},
         "pointers": {"descriptors": False},
+        "unaligned": {"descriptors": False, "aligned": False},
         "fp16": {"dtype": "fp16"},
         "fp32": {"dtype": "fp32"},
     },
     "weight_grad": {
         "first": {"accumulate": False},
         "pointers": {"descriptors": False},
+        "unaligned": {"descriptors": False, "aligned": False},
         "fp16": {"dtype": "fp16"},
         "fp32": {"dtype": "fp32"},
     },
@@ -256,7 +260,7 @@ def _gemm(kernel: str, architecture: str, variant: str, config: Config, flags: F
         args.scalars("stride_hm")
         args.constexprs |= {
             "KIND": flags.kind, "GATED": flags.gated, "STORE_HIDDEN": flags.hidden,
-            "DTYPE": dtype, "EVEN_K": True,
+            "DTYPE": dtype, "EVEN_K": flags.aligned,
         }  # fmt: skip
     if kernel in ("ffn_up", "ffn_recompute"):
         block = (2, n, k) if packed else (n, k)
@@ -274,9 +278,7 @@ def _gemm(kernel: str, architecture: str, variant: str, config: Config, flags: F
         args.matrix("dy", dtype, desc, m, k)
         args.matrix("down", dtype, desc, k, n)
         args.pointer("dpreact", dtype)
-        args.pointer("partials", "fp32", flags.bias)
         args.scalars("stride_ym stride_wk stride_dm")
-        args.constexprs["HAS_PARTIALS"] = flags.bias
     if kernel == "ffn_recompute":
         dots += (Dot(m, n),)
     if kernel in ("ffn_up", "ffn_dact"):
@@ -290,13 +292,16 @@ def _gemm(kernel: str, architecture: str, variant: str, config: Config, flags: F
             "STORE_PREACT": kept, "LARGEST_FP8": LARGEST,
             "SPLIT": 1 if e4m3 else config.split,
         }  # fmt: skip
+    unaligned = ["stride_sm"]
+    if not flags.aligned:
+        unaligned += [name for name, kind in args.types.items() if kind == "i32"]
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if kernel != "weight_grad":
         options |= SAME_BITS
     return Case(
         kernel, architecture, variant, dtype, f"{m}x{n}x{k}/{args.constexprs['SPLIT']}",
         args.types, args.constexprs, options,
-        unaligned=("stride_sm",), dots=() if dtype == "fp32" else dots,
+        unaligned=tuple(unaligned), dots=() if dtype == "fp32" else dots,
     )  # fmt: skip
 
 
@@ -308,6 +313,8 @@ def _table(architecture: str, flags: Flags) -> str:
 def _chosen(kernel: str, architecture: str, flags: Flags) -> Config | None:
     """The configuration the launcher would choose, as `kernels.configs.choose` does."""
     table = _table(architecture, flags)
+    if not flags.aligned and table.startswith("sm_"):
+        return UNALIGNED
     for config in CONFIGS[kernel][table]:
         wide = flags.preact != "e4m3" or config.block_n == TILE
         if wide and fits(kernel, config, table, ITEMSIZE[flags.dtype], flags.gated):
@@ -321,7 +328,7 @@ def _gemm_cases(kernel: str, architecture: str) -> Iterator[Case]:
     for variant, changes in VARIANTS[kernel].items():
         flags = Flags(**changes)
         plain_loads = architecture not in DESCRIPTORS
-        if plain_loads and not (flags.descriptors and flags.stacked):
+        if plain_loads and flags.aligned and not (flags.descriptors and flags.stacked):
             continue  # the same kernel as without
         if flags.preact == "e4m3" and architecture not in E4M3:
             continue

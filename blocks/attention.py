@@ -134,6 +134,9 @@ class AttentionHalf:
         cos, sin = self.inputs.cos, self.inputs.sin
         if cos is None or sin is None:
             cos, sin = self._default_angles()
+        if cos.dtype == torch.float64:  # more than the rotation computes in, unless that is fp64
+            high = accumulate_dtype(self.call.compute_dtype)
+            cos, sin = cos.to(high), sin.to(high)
         shape = (self.call.batch_size, -1, -1)
         return cos.expand(shape).flatten(0, 1), sin.expand(shape).flatten(0, 1)
 

@@ -79,7 +79,12 @@ def check_weights(
                 f"{name} is on {weight.device}, expected the device of hidden_states ({x.device})"
             )
         _check_weight_dtype(name, weight, x, autocast)
-    return {name: weights[name] for name in shapes}
+    # Biases and norm weights of any stride: oneDNN misreads them, and kernels refuse them. Autograd
+    # sees the copy, so that its gradient goes to whom it was made from.
+    return {
+        name: weights[name].contiguous() if len(shape) == 1 else weights[name]
+        for name, shape in shapes.items()
+    }
 
 
 def check_hidden_states(x: object, spec: BlockSpec) -> Tensor:

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .eight_bits import check_eight_bits
 from .launch import SAME_BITS, cdiv, check_matrix, on_device
 from .reference.fp8 import TILE, scale_count
 
@@ -136,7 +137,7 @@ def activation_forward(
         dtype = check_matrix("preact", preact, (rows, width), preact).dtype
     else:
         count = scale_count(N) * (2 if gated else 1)
-        check_matrix("scales", scales, (rows, count), preact)
+        check_eight_bits(preact, scales, rows, width, count, preact)
     hidden = preact.new_empty(rows, N, dtype=dtype)
     with on_device(preact):
         activation_kernel[rows, cdiv(N, BLOCK_N)](

@@ -56,28 +56,31 @@ ACCUMULATORS = {"ffn_up": 128, "ffn_dact": 128, "ffn_recompute": 192, "weight_gr
 #: Kernel -> architecture -> configurations, the default first.
 CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
     "ffn_up": {
-        "sm_80": (Config(128, 64, 64, 8, 3), Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3)),
+        "sm_80": (Config(128, 64, 64, 8, 3), Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3),
+                  Config(64, 128, 32, 8, 3)),
         "sm_89": (Config(128, 64, 32, 8, 3), Config(64, 128, 32, 8, 3), Config(64, 64, 32, 4, 3),
-                  Config(64, 64, 16, 4, 2)),
+                  Config(64, 64, 16, 4, 2), Config(64, 128, 16, 8, 2)),
         "sm_90": (Config(128, 128, 64, 8, 4, split=2), Config(128, 128, 64, 8, 3, split=2),
                   Config(128, 64, 64, 8, 4), Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3)),
         "sm_100": (Config(128, 128, 64, 8, 4, split=2), Config(128, 64, 64, 8, 4),
                    Config(64, 64, 32, 4, 3)),
-        "gfx942": (Config(128, 128, 32, 8, 2), Config(128, 64, 32, 4, 2), Config(64, 64, 16, 4, 2)),
+        "gfx942": (Config(128, 128, 32, 8, 2), Config(128, 64, 32, 4, 2), Config(64, 64, 16, 4, 2),
+                   Config(64, 128, 16, 8, 2)),
         "interpreter": (Config(64, 128, 64, 4, 1, split=2),),
     },
     "ffn_dact": {
         "sm_80": (Config(128, 128, 32, 8, 3, split=2), Config(128, 64, 32, 4, 4, split=2),
                   Config(64, 64, 32, 4, 3)),
         "sm_89": (Config(128, 64, 32, 4, 3, split=2), Config(64, 128, 32, 4, 3, split=2),
-                  Config(64, 64, 32, 4, 3), Config(64, 64, 16, 4, 2)),
+                  Config(64, 64, 32, 4, 3), Config(64, 64, 16, 4, 2),
+                  Config(64, 128, 16, 8, 2, split=2)),
         "sm_90": (Config(128, 256, 64, 8, 4, split=4), Config(128, 128, 64, 8, 4, split=2),
                   Config(128, 128, 64, 8, 3, split=2), Config(128, 64, 32, 4, 3, split=2),
                   Config(64, 64, 32, 4, 3)),
         "sm_100": (Config(128, 256, 64, 8, 4, split=4), Config(128, 128, 64, 8, 4, split=2),
                    Config(64, 64, 32, 4, 3)),
         "gfx942": (Config(128, 128, 32, 8, 2, split=2), Config(128, 64, 32, 4, 2, split=2),
-                   Config(64, 64, 16, 4, 2)),
+                   Config(64, 64, 16, 4, 2), Config(64, 128, 16, 8, 2, split=2)),
         "interpreter": (Config(64, 128, 64, 4, 1, split=2),),
     },
     "ffn_recompute": {
@@ -102,6 +105,11 @@ CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
         "interpreter": (Config(64, 64, 128, 4, 1, split=2),),
     },
 }  # fmt: skip
+
+
+#: For operands whose rows begin anywhere, on NVIDIA: a load of them takes many registers, and the
+#: larger tiles spill in their loops.
+UNALIGNED = Config(64, 64, 32, 8, 3)
 
 
 def shared_bytes(kernel: str, config: Config, itemsize: int, gated: bool = True) -> int:
@@ -180,6 +188,7 @@ def choose(
     itemsize: int,
     gated: bool = True,
     block_n: int | None = None,
+    aligned: bool = True,
 ) -> Config:
     """The configuration a kernel runs with.
 
@@ -189,11 +198,14 @@ def choose(
         itemsize: bytes of an operand's element.
         gated: whether the FFN has a gate.
         block_n: what `block_n` has to be; None for anything.
+        aligned: whether a descriptor could describe the operands (see `launch.describable`).
 
     Raises:
         ValueError: if none fits.
     """
     name = table_of(device, itemsize)
+    if not aligned and name.startswith("sm_") and block_n is None:
+        return UNALIGNED
     for config in CONFIGS[kernel][name]:
         wide = block_n in (None, config.block_n)
         if wide and fits(kernel, config, name, itemsize, gated):

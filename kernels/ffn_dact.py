@@ -8,8 +8,9 @@
 for the down projection's weight gradient | 1 |
 
 dhidden never reaches memory. The gradients may overwrite the pre-activation they are made from:
-each program reads its own tile before it writes it. Sums over rows, for biases, go to one partial
-row for each row of tiles and are added up in order: no atomics, the same bits each time.
+each program reads its own tile before it writes it. Sums over rows, for biases, are taken from
+what was written and not in the epilogue: there, the order of a sum would be that of the tile's
+layout, which differs from kernel to kernel, and so would the bits of `split` and `fused`.
 """
 
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from .activation import act, act_grad, check_kind
 from .configs import Config, uses_descriptors
+from .eight_bits import check_eight_bits
 from .launch import (
     SAME_BITS,
     TRITON_DTYPES,
@@ -44,8 +46,6 @@ def store_dact(
     up,
     dpreact,
     hidden,
-    partials,
-    pid_m,
     offs_m,
     offs_n,
     M,
@@ -55,16 +55,13 @@ def store_dact(
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     STORE_HIDDEN: tl.constexpr,
-    HAS_PARTIALS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """What becomes of a tile of dhidden, with its gate and up in fp32 (the gate is unused without
     one)."""
-    mask_n = offs_n < N
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     rows = offs_m.to(tl.int64)[:, None]
     pointers = dpreact + rows * stride_dm + offs_n[None, :]
-    row = pid_m.to(tl.int64) * N
     if GATED:
         activated = act(gate, KIND)
         value = activated * up
@@ -72,15 +69,10 @@ def store_dact(
         d_up = d * activated
         tl.store(pointers, d_gate.to(DTYPE), mask=mask)
         tl.store(pointers + N, d_up.to(DTYPE), mask=mask)
-        if HAS_PARTIALS:
-            tl.store(partials + 2 * row + offs_n, tl.sum(d_gate, 0), mask=mask_n)
-            tl.store(partials + 2 * row + N + offs_n, tl.sum(d_up, 0), mask=mask_n)
     else:
         value = act(up, KIND)
         d_up = d * act_grad(up, KIND)
         tl.store(pointers, d_up.to(DTYPE), mask=mask)
-        if HAS_PARTIALS:
-            tl.store(partials + row + offs_n, tl.sum(d_up, 0), mask=mask_n)
     if STORE_HIDDEN:
         tl.store(hidden + rows * stride_hm + offs_n[None, :], value.to(DTYPE), mask=mask)
 
@@ -120,8 +112,6 @@ def _dact_part(
     scales,
     dpreact,
     hidden,
-    partials,
-    pid_m,
     offs_m,
     offs_n,
     M,
@@ -133,7 +123,6 @@ def _dact_part(
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     STORE_HIDDEN: tl.constexpr,
-    HAS_PARTIALS: tl.constexpr,
     FP8: tl.constexpr,
     TILE_N: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -149,8 +138,8 @@ def _dact_part(
             stride_pm, stride_sm, FP8, TILE_N, DTYPE,
         )  # fmt: skip
     store_dact(
-        d, gate, up, dpreact, hidden, partials, pid_m, offs_m, offs_n, M, N,
-        stride_dm, stride_hm, KIND, GATED, STORE_HIDDEN, HAS_PARTIALS, DTYPE,
+        d, gate, up, dpreact, hidden, offs_m, offs_n, M, N,
+        stride_dm, stride_hm, KIND, GATED, STORE_HIDDEN, DTYPE,
     )  # fmt: skip
 
 
@@ -162,7 +151,6 @@ def ffn_dact_kernel(
     scales,
     dpreact,
     hidden,
-    partials,
     M,
     N,
     K,
@@ -175,7 +163,6 @@ def ffn_dact_kernel(
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     STORE_HIDDEN: tl.constexpr,
-    HAS_PARTIALS: tl.constexpr,
     FP8: tl.constexpr,
     TILE_N: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -200,9 +187,9 @@ def ffn_dact_kernel(
     for part in tl.static_range(SPLIT):
         offs_n = col + part * WIDTH + tl.arange(0, WIDTH)
         _dact_part(
-            parts[part], preact, scales, dpreact, hidden, partials, pid_m, offs_m, offs_n, M, N,
+            parts[part], preact, scales, dpreact, hidden, offs_m, offs_n, M, N,
             stride_pm, stride_sm, stride_dm, stride_hm,
-            KIND, GATED, STORE_HIDDEN, HAS_PARTIALS, FP8, TILE_N, DTYPE,
+            KIND, GATED, STORE_HIDDEN, FP8, TILE_N, DTYPE,
         )  # fmt: skip
 
 
@@ -227,7 +214,8 @@ class DownWeight:
         if down.dtype != dy.dtype:
             raise TypeError(f"down is {down.dtype}, expected the dtype of dy ({dy.dtype})")
         self.dy, self.down = dy, down
-        self.desc = descriptors and describable(dy) and describable(down)
+        self.aligned = describable(dy) and describable(down)
+        self.desc = descriptors and self.aligned
 
     def operands(self, config: Config) -> tuple[Any, Any]:
         """dy and the weight as pointers or descriptors of a configuration's blocks."""
@@ -237,16 +225,9 @@ class DownWeight:
         return descriptor(self.dy, m, k), descriptor(self.down, k, n)
 
 
-def new_outputs(
-    dy: Tensor, N: int, config: Config, gated: bool, need_hidden: bool, need_dbias: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Room for the hidden `[rows, f]`, and for partial sums `[rows of tiles, 2 f or f]`."""
-    hidden = dy.new_empty(len(dy), N) if need_hidden else None
-    partials = None
-    if need_dbias:
-        rows = cdiv(len(dy), config.block_m)
-        partials = dy.new_empty(rows, N * (2 if gated else 1), dtype=torch.float32)
-    return hidden, partials
+def bias_gradient(dpreact: Tensor, need: bool) -> Tensor | None:
+    """The sum over rows in fp32, where it is wanted."""
+    return dpreact.sum(0, dtype=torch.float32) if need else None
 
 
 def ffn_dact(
@@ -276,15 +257,18 @@ def ffn_dact(
     width = N * (2 if gated else 1)
     check_kind(kind, gated, width)
     check_matrix("dpreact", dpreact, (M, width), dy)
-    preact = readable(preact)
+    preact = preact if scales is not None else readable(preact)
     if scales is not None:
-        check_matrix("scales", scales, (M, scale_count(N) * (1 + gated)), dy)
+        check_eight_bits(preact, scales, M, width, scale_count(N) * (1 + gated), dy)
     else:
         check_matrix("preact", preact, (M, width), dy)
+    for name, x in (("dpreact", dpreact), ("preact", dpreact if scales is not None else preact)):
+        if x.dtype != dy.dtype:
+            raise TypeError(f"{name} is {x.dtype}, expected the dtype of dy ({dy.dtype})")
     if config is None:
         block_n = None if scales is None else TILE
-        config = config_for("ffn_dact", dy, N, gated, block_n)
-    hidden, partials = new_outputs(dy, N, config, gated, need_hidden, need_dbias)
+        config = config_for("ffn_dact", dy, N, gated, block_n, operands.aligned)
+    hidden = dy.new_empty(M, N) if need_hidden else None
     grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
     with on_device(dy):
         ffn_dact_kernel[grid](
@@ -293,7 +277,6 @@ def ffn_dact(
             scales,
             dpreact,
             hidden,
-            partials,
             M,
             N,
             K,
@@ -306,7 +289,6 @@ def ffn_dact(
             KIND=kind,
             GATED=gated,
             STORE_HIDDEN=need_hidden,
-            HAS_PARTIALS=need_dbias,
             FP8=scales is not None,
             TILE_N=TILE,
             DTYPE=TRITON_DTYPES[dy.dtype],
@@ -322,4 +304,4 @@ def ffn_dact(
             num_stages=config.num_stages,
             **SAME_BITS,
         )
-    return hidden, None if partials is None else partials.sum(0)
+    return hidden, bias_gradient(dpreact, need_dbias)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .activation import check_kind
 from .configs import Config, uses_descriptors
-from .ffn_dact import DownWeight, ffn_dact, new_outputs, store_dact
+from .ffn_dact import DownWeight, bias_gradient, ffn_dact, store_dact
 from .ffn_up import UpWeights, add_bias, dot_up, ffn_up
 from .launch import cdiv, check_matrix, on_device
 from .tiles import column_parts, dot_kn, tile_of
@@ -51,7 +51,6 @@ def ffn_recompute_kernel(
     down,
     dpreact,
     hidden,
-    partials,
     M,
     N,
     K,
@@ -66,7 +65,6 @@ def ffn_recompute_kernel(
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STORE_HIDDEN: tl.constexpr,
-    HAS_PARTIALS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     PACKED: tl.constexpr,
@@ -98,8 +96,8 @@ def ffn_recompute_kernel(
         gate = add_bias(gates[part], b_gate, offs_n, N, HAS_BIAS).to(DTYPE).to(tl.float32)
         up = add_bias(ups[part], b_up, offs_n, N, HAS_BIAS).to(DTYPE).to(tl.float32)
         store_dact(
-            ds[part], gate, up, dpreact, hidden, partials, pid_m, offs_m, offs_n, M, N,
-            stride_dm, stride_hm, KIND, GATED, STORE_HIDDEN, HAS_PARTIALS, DTYPE,
+            ds[part], gate, up, dpreact, hidden, offs_m, offs_n, M, N,
+            stride_dm, stride_hm, KIND, GATED, STORE_HIDDEN, DTYPE,
         )  # fmt: skip
 
 
@@ -146,9 +144,12 @@ def ffn_recompute_dact(
     check_matrix("dy", dy, (M, K), x)
     check_matrix("down", down, (K, N), x)
     check_matrix("dpreact", dpreact, (M, width), x)
+    if dpreact.dtype != x.dtype:
+        raise TypeError(f"dpreact is {dpreact.dtype}, expected the dtype of x ({x.dtype})")
     if config is None:
-        config = config_for("ffn_recompute", x, N, gated)
-    hidden, partials = new_outputs(dy, N, config, gated, need_hidden, need_dbias)
+        aligned = ups.aligned and downs.aligned
+        config = config_for("ffn_recompute", x, N, gated, aligned=aligned)
+    hidden = dy.new_empty(M, N) if need_hidden else None
     ups.desc = downs.desc  # both or neither
     ups.packed = ups.packed and ups.desc
     grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
@@ -160,7 +161,6 @@ def ffn_recompute_dact(
             *downs.operands(config),
             dpreact,
             hidden,
-            partials,
             M,
             N,
             K,
@@ -174,8 +174,7 @@ def ffn_recompute_dact(
             KIND=kind,
             GATED=gated,
             STORE_HIDDEN=need_hidden,
-            HAS_PARTIALS=need_dbias,
             SPLIT=config.split,
             **ups.flags(config),
         )
-    return hidden, None if partials is None else partials.sum(0)
+    return hidden, bias_gradient(dpreact, need_dbias)

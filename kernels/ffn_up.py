@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .activation import act, check_kind
 from .configs import Config, uses_descriptors
+from .eight_bits import check_eight_bits
 from .launch import (
     SAME_BITS,
     TRITON_DTYPES,
@@ -218,6 +219,20 @@ def ffn_up_kernel(
             tl.store(pointers, value.to(DTYPE), mask=mask)
 
 
+def check_bias(bias: Tensor, weight: Tensor) -> Tensor:
+    """The bias, contiguous.
+
+    Raises:
+        ValueError: if it is not one of that weight's: by length, dtype or device.
+    """
+    if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype or bias.device != weight.device:
+        raise ValueError(
+            f"a bias is {bias.dtype} {list(bias.shape)} on {bias.device}, expected {weight.dtype} "
+            f"[{len(weight)}] on {weight.device}"
+        )
+    return bias.contiguous()
+
+
 class UpWeights:
     """The first projections' weights as the kernels take them.
 
@@ -255,8 +270,17 @@ class UpWeights:
                 )
         if len(weights) != (2 if gated and not self.stacked else 1):
             raise ValueError(f"weights holds {len(weights)} tensors, expected gate and up, or one")
+        if self.stacked and weights[0].shape[0] % 2:
+            raise ValueError(f"the stacked weight has {len(weights[0])} rows, expected gate and up")
+        if len(biases) != len(weights) or len({bias is None for bias in biases}) > 1:
+            raise ValueError("biases hold some and lack some, expected one a weight, or no one")
+        biases = [
+            None if bias is None else check_bias(bias, weight)
+            for bias, weight in zip(biases, weights, strict=True)
+        ]
         self.N = weights[0].shape[0] // (2 if self.stacked else 1)
-        self.desc = descriptors and all(describable(t) for t in (x, *weights))
+        self.aligned = all(describable(t) for t in (x, *weights))
+        self.desc = descriptors and self.aligned
         self.packed = self.desc and self.stacked
         if self.stacked:
             self.gate, self.up = weights[0][: self.N], weights[0][self.N :]
@@ -335,7 +359,7 @@ def ffn_up(
     check_kind(kind, gated, N * (2 if gated else 1))
     fp8 = scales is not None
     if config is None:
-        config = config_for("ffn_up", x, N, gated, TILE if fp8 else None)
+        config = config_for("ffn_up", x, N, gated, TILE if fp8 else None, operands.aligned)
     if preact is not None:
         _check_preact(preact, scales, M, N * (2 if gated else 1), scale_count(N) * (1 + gated), x)
     hidden = x.new_empty(M, N) if need_hidden else None
@@ -375,12 +399,7 @@ def _check_preact(
 ) -> None:
     """Raise unless preact (in eight bits if there are scales) has the place it needs."""
     if scales is not None:
-        check_matrix("scales", scales, (rows, count), like)
-        if preact.dtype != torch.float8_e4m3fn or tuple(preact.shape) != (rows, width):
-            raise ValueError(
-                f"preact is {preact.dtype} {list(preact.shape)}, expected float8_e4m3fn "
-                f"{[rows, width]} with scales"
-            )
+        check_eight_bits(preact, scales, rows, width, count, like)
     else:
         check_matrix("preact", preact, (rows, width), like)
         if preact.dtype != like.dtype:

@@ -92,12 +92,13 @@ def on_device(x: Tensor) -> AbstractContextManager[None]:
 
 
 def describable(x: Tensor) -> bool:
-    """Whether a tensor descriptor can describe x: last stride 1, the rest multiples of 16 bytes."""
+    """Whether a tensor descriptor can describe x: last stride 1, the rest multiples of 16 bytes and
+    not 0, and something in it."""
     *strides, last = x.stride()
-    if last != 1 or x.data_ptr() % 16:
+    if last != 1 or x.data_ptr() % 16 or not x.numel():
         return False
     size = x.element_size()
-    return not any(stride * size % 16 for stride in strides)
+    return not any(stride <= 0 or stride * size % 16 for stride in strides)
 
 
 def descriptor(x: Tensor, *block: int) -> TensorDescriptor:

@@ -1,9 +1,9 @@
 """What was measured on a device: tile sizes, and how a pre-activation is rebuilt.
 
 `backfuse tune` measures and `save`s; the launchers ask `config_for` and `strategy_for`, which fall
-back on the tables in `configs.py` and on `split`. A record belongs to a device, the versions of
-Triton and of this package, and a class of shapes: the widths, the dtype, gated or not. The number
-of tokens is no part of it.
+back on the tables in `configs.py` and on `split`. A record belongs to a device, the version of
+Triton and of the records themselves, and a class of shapes: the widths, the dtype, gated or not.
+The number of tokens is no part of it.
 
 Records are kept in `$BACKFUSE_CACHE/tuning.json` (default: `~/.cache/backfuse`).
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import tempfile
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 import triton
 
-from .configs import CONFIGS, Config, choose
+from .configs import CONFIGS, Config, choose, fits, table_of
 
 #: Goes up when old records would mean something else: kernels or their arguments changed.
 FORMAT = 1
@@ -74,13 +75,18 @@ class Tuning:
         try:
             strategy = record["strategy"]
             configs = {name: Config(**sizes) for name, sizes in record["configs"].items()}
+            known = {
+                (name, str(c))
+                for name, table in CONFIGS.items()
+                for cs in table.values()
+                for c in cs
+            }
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a record of a tuning: {error!r}") from None
         if strategy not in ("split", "fused"):
             raise ValueError(f"strategy is {strategy!r}, expected 'split' or 'fused'")
         for name, config in configs.items():
-            known = {c for table in CONFIGS.get(name, {}).values() for c in table}
-            if config not in known:
+            if (name, str(config)) not in known:  # as text: 128.0 and [128] are no block sizes
                 raise ValueError(f"{name} has {config}, expected one of its configurations")
         return cls(strategy, configs)
 
@@ -88,8 +94,11 @@ class Tuning:
 def cache_file() -> Path:
     """Where records are kept."""
     folder = os.environ.get("BACKFUSE_CACHE")
-    base = Path(folder) if folder else Path.home() / ".cache" / "backfuse"
-    return base / "tuning.json"
+    base = Path(folder) if folder else Path("~/.cache/backfuse")
+    try:
+        return base.expanduser() / "tuning.json"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir(), f"backfuse-{os.getuid()}", "tuning.json")
 
 
 @functools.cache
@@ -102,7 +111,7 @@ def _records(path: Path) -> dict[str, Any]:
         raise ValueError("not a table of records")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         warnings.warn(f"{path} is ignored: {error}; `backfuse tune` writes it anew", stacklevel=2)
         return {}
 
@@ -147,15 +156,28 @@ def forget() -> None:
 
 
 @functools.cache
-def _config_for(kernel: str, shape: Shape, device: torch.device, block_n: int | None) -> Config:
+def _config_for(
+    kernel: str, shape: Shape, device: torch.device, block_n: int | None, aligned: bool
+) -> Config:
     config = tuning(shape, device).configs.get(kernel)
-    if config is not None and block_n in (None, config.block_n):
+    table = table_of(device, shape.dtype.itemsize)
+    if (
+        config is not None
+        and aligned
+        and block_n in (None, config.block_n)
+        and fits(kernel, config, table, shape.dtype.itemsize, shape.gated)
+    ):
         return config
-    return choose(kernel, device, shape.dtype.itemsize, shape.gated, block_n)
+    return choose(kernel, device, shape.dtype.itemsize, shape.gated, block_n, aligned)
 
 
 def config_for(
-    kernel: str, x: torch.Tensor, f: int, gated: bool, block_n: int | None = None
+    kernel: str,
+    x: torch.Tensor,
+    f: int,
+    gated: bool,
+    block_n: int | None = None,
+    aligned: bool = True,
 ) -> Config:
     """The configuration an FFN kernel runs with.
 
@@ -165,11 +187,12 @@ def config_for(
         f: width of the FFN.
         gated: whether it has a gate.
         block_n: what `block_n` has to be; None for anything.
+        aligned: whether descriptors could describe the operands.
 
     Raises:
         ValueError: if none fits the device.
     """
-    return _config_for(kernel, Shape(x.shape[1], f, gated, x.dtype), x.device, block_n)
+    return _config_for(kernel, Shape(x.shape[1], f, gated, x.dtype), x.device, block_n, aligned)
 
 
 def strategy_for(x: torch.Tensor, f: int, gated: bool) -> str:

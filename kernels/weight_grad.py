@@ -118,9 +118,12 @@ def weight_grad(
     if total is None:
         total = x.new_empty(N, K, dtype=torch.float32)
     check_matrix("total", total, (N, K), x)
+    if total.dtype != torch.float32:
+        raise TypeError(f"total is {total.dtype}, expected torch.float32")
+    aligned = describable(dy) and describable(x)
+    desc = uses_descriptors(x) and aligned
     if config is None:
-        config = choose("weight_grad", x.device, x.element_size())
-    desc = uses_descriptors(x) and describable(dy) and describable(x)
+        config = choose("weight_grad", x.device, x.element_size(), aligned=aligned)
     grid = (cdiv(N, config.block_m) * cdiv(K, config.block_n),)
     m, n, k = config.block_m, config.block_n, config.block_k
     with on_device(x):

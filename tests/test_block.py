@@ -441,3 +441,34 @@ def test_an_adapter_is_refused_and_not_dropped():
     block.self_attn.q_proj = Adapter(block.self_attn.q_proj)
     with pytest.raises(TypeError, match="self_attn.q_proj is a Adapter, expected a plain"):
         block(x)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_weights_of_any_stride(family):
+    """Biases and norm weights as columns of something, projections transposed: the same numbers."""
+    spec = FAMILIES[family].replace(up_bias=True, down_bias=True, qkv_bias=True)
+    block = make_block(spec).eval()
+    x, grad = make_input(spec, seq_len=20)
+    weights = {name: p.detach() for name, p in block.named_parameters()}
+    strided = {
+        name: torch.stack([w, w + 1], -1)[:, 0] if w.dim() == 1 else w.T.contiguous().T
+        for name, w in weights.items()
+    }
+    for half, names in ((ffn, spec.ffn_parameters()), (attention, spec.attention_parameters())):
+        outputs = []
+        for given in (weights, strided):
+            leaves = {name: given[name].detach().requires_grad_() for name in names}
+            y = half(x, leaves, spec, "full")
+            outputs.append([y, *torch.autograd.grad(y, list(leaves.values()), grad)])
+        for a, b in zip(*outputs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_angles_in_fp64():
+    spec = FAMILIES["llama"]
+    block = make_block(spec)
+    x, grad = make_input(spec, seq_len=20)
+    angles = rope_cos_sin(torch.arange(20)[None], spec.rotary_dim, dtype=torch.float64)
+    single = tuple(t.float() for t in angles)
+    expected = results(block, x, grad, position_embeddings=single)
+    assert same_bits(results(block, x, grad, position_embeddings=angles), expected)

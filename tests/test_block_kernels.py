@@ -16,7 +16,7 @@ from families import (
     same_bits,
 )
 
-from backfuse import BlockSpec, BlockStack, TransformerBlock, ffn
+from backfuse import BlockSpec, BlockStack, TransformerBlock, ffn, rope_cos_sin
 from backfuse.kernels import dispatch, fused, reference
 
 STRATEGIES = ["split", "fused"]
@@ -104,6 +104,21 @@ def test_packed_sequences_and_segments(poisoned_empty):
     stack.impl = "reference"
     for ours, theirs in zip(expected, results(stack, x, grad, cu_seqlens=cu_seqlens), strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_strided_small_weights_and_angles_in_fp64():
+    spec = FAMILIES["qwen3"].replace(up_bias=True)
+    block = kernel_block(spec)
+    x, grad = to_device(*make_input(spec, seq_len=20))
+    angles = rope_cos_sin(torch.arange(20)[None], spec.rotary_dim)
+    expected = results(block, x, grad, position_embeddings=to_device(*angles))
+    for name, parameter in list(block.named_parameters()):
+        if parameter.dim() == 1:
+            path, _, kind = name.rpartition(".")
+            wide = torch.stack([parameter.detach(), parameter.detach() + 1], -1)
+            setattr(block.get_submodule(path), kind, torch.nn.Parameter(wide[:, 0]))
+    double = to_device(*(t.double() for t in angles))
+    assert same_bits(results(block, x, grad, position_embeddings=double), expected)
 
 
 def test_eight_bits_and_second_backward(poisoned_empty):

@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch):
     tuning.forget()
 
 
-def some(kernel, index=-1):
+def some(kernel, index=-2):
     return CONFIGS[kernel]["gfx942"][index]
 
 
@@ -86,6 +86,8 @@ def test_a_broken_file_is_ignored_with_a_warning_and_written_anew(cache, text):
         {"strategy": "fused", "configs": {"ffn_up": {"block_m": 7}}},
         {"strategy": "fused", "configs": {"ffn_up": Config(7, 7, 7, 7, 7).__dict__}},
         {"strategy": "fused", "configs": {"nothing": some("ffn_up").__dict__}},
+        {"strategy": "fused", "configs": {"ffn_up": {**some("ffn_up").__dict__, "block_m": [64]}}},
+        {"strategy": "fused", "configs": {"ffn_up": {**some("ffn_up").__dict__, "block_m": 64.0}}},
         None,
     ],
 )
