@@ -113,7 +113,7 @@ def library_attention(
     """The module whose attention is PyTorch's own kernel, for `impl="sdpa"`.
 
     On CUDA that kernel adds up dQ with atomics, so that two runs differ in their last bits; ours
-    does not, and is what runs under any other `impl`. Arguments as `reference.library_core`.
+    does not, and is what runs under any other `impl`. Arguments as `library_core`.
 
     Raises:
         ValueError: if PyTorch has no kernel for what is asked.
