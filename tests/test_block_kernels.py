@@ -160,6 +160,28 @@ def test_every_kernel_is_called(monkeypatch):
     assert called == set(fused.__all__)
 
 
+def test_pytorchs_attention_beside_the_kernels(monkeypatch):
+    spec = FAMILIES["llama"]
+    dtype = torch.bfloat16
+    x, grad = to_device(*make_input(spec, dtype=dtype, seq_len=20))
+    block = kernel_block(spec, dtype=dtype)
+    ours = results(block, x, grad)
+    block.impl = "sdpa"
+
+    def fail(*args, **kwargs):
+        raise AssertionError("the kernel's attention was called")
+
+    monkeypatch.setattr(fused, "attention_forward", fail)
+    monkeypatch.setattr(fused, "attention_backward", fail)
+    theirs = results(block, x, grad)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() <= 4 * torch.finfo(dtype).eps * b.norm()
+    with pytest.raises(ValueError, match="impl is 'sdpa', but PyTorch has no attention kernel for"):
+        block = make_block(FAMILIES["gemma2"], dtype=dtype).to(DEVICE)
+        block.impl = "sdpa"
+        block(x)
+
+
 def test_operations_by_name():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for dtype in (torch.float32, torch.bfloat16):
