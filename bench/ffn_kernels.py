@@ -132,7 +132,7 @@ def error_of(run: Run, ops: Any, outputs: Outputs, options: dict[str, Any]) -> f
 def _configured(kernel: str, t: Operands, make: Callable[[Any], Case]) -> Iterator[Case]:
     """A case for each configuration of a kernel's table."""
     spec, size = t.spec, t.dtype.itemsize
-    table = configs.table_of(t.device, size)
+    table = configs.table_of(configs.architecture(t.device), size)
     try:
         chosen = config_for(kernel, t.x, spec.intermediate_size, spec.gated)
     except ValueError:  # none fits

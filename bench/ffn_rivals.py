@@ -192,7 +192,7 @@ def compiled_checkpoint(half: PlainHalf, spec: BlockSpec) -> Contender:
 
 def liger(half: PlainHalf, spec: BlockSpec) -> Contender:
     """Liger's elementwise kernel between PyTorch's GEMMs."""
-    from liger_kernel.transformers import LigerSwiGLUMLP  # type: ignore[import-not-found]
+    from liger_kernel.transformers import LigerSwiGLUMLP
 
     config = SimpleNamespace(
         hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size, hidden_act="silu"
@@ -210,7 +210,7 @@ def liger(half: PlainHalf, spec: BlockSpec) -> Contender:
 
 def quack(half: PlainHalf, spec: BlockSpec, recompute: bool = False) -> Contender:
     """QuACK's fused GEMMs."""
-    from quack.mlp import mlp_func  # type: ignore[import-not-found]
+    from quack.mlp import mlp_func
 
     mlp = half.mlp
     named = dict(half.named_parameters())

@@ -38,7 +38,8 @@ import backfuse.kernels
 from backfuse.kernels.configs import SHARED_MEMORY
 
 from .options import check_positive, choose, progress_bar, require, writable_folder
-from .static_cases import ARCHITECTURES, EXPERIMENTS, MODULES, Case, Dot, bind, cases
+from .static_case import Case, Dot, bind
+from .static_cases import ARCHITECTURES, EXPERIMENTS, MODULES, cases
 
 #: Warps, programs, registers and bytes of shared memory of a multiprocessor.
 PROCESSORS = {
@@ -336,7 +337,8 @@ def default_cache() -> Path:
 def cache_key(case: Case) -> str:
     """A hash of what a result depends on: the case, Triton, these files and the kernel's."""
     here = Path(__file__)
-    sources = {here, here.with_name("static_cases.py")}
+    names = ("static_case.py", "static_cases.py", "static_rows.py")
+    sources = {here, *(here.with_name(name) for name in names)}
     folder, pending = Path(backfuse.kernels.__path__[0]), [MODULES[case.kernel]]
     if case.kernel in EXPERIMENTS:
         sources.add(here.with_name(f"{MODULES[case.kernel]}.py"))

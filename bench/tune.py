@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from backfuse.kernels import fused
-from backfuse.kernels.configs import CONFIGS, Config, fits, table_of
+from backfuse.kernels.configs import CONFIGS, Config, architecture, fits, table_of
 from backfuse.kernels.ffn_up import ffn_up
 from backfuse.kernels.launch import DTYPES as KERNEL_DTYPES
 from backfuse.kernels.tuning import Shape, Tuning, save
 
+from .measure import kernel_seconds
 from .options import DTYPES, check_device, check_positive, choose, progress_bar
 from .shapes import SHAPES
 
@@ -30,10 +31,8 @@ Timer = Callable[[Callable[[], Any]], float]
 
 
 def device_milliseconds(call: Callable[[], Any]) -> float:
-    """The median of many calls on a GPU, its L2 cache flushed in between."""
-    from triton.testing import do_bench
-
-    return float(do_bench(call, return_mode="median"))
+    """The median of many calls on the current GPU (see `measure.kernel_seconds`)."""
+    return kernel_seconds(call, "cuda") * 1e3
 
 
 class Operands:
@@ -75,10 +74,10 @@ class Operands:
             *self.ups, self.dy, self.down, self.dpreact, strategy="fused", config=config
         )
 
-    def split(self, up: Config, dact: Config) -> None:
+    def split(self, up: Config, dact: Config) -> Any:
         """What `split` runs in a backward pass."""
         ffn_up(*self.ups, preact=self.preact, need_hidden=False, config=up)
-        self.dact(dact)
+        return self.dact(dact)
 
 
 @dataclass
@@ -122,7 +121,7 @@ def tune(
         RuntimeError: if no configuration of a kernel runs.
     """
     operands = Operands(shape, kind, tokens, device)
-    table = table_of(device, shape.dtype.itemsize)
+    table = table_of(architecture(device), shape.dtype.itemsize)
     rows: list[Row] = []
     best: dict[str, Row] = {}
     cases = [
@@ -131,20 +130,27 @@ def tune(
         for config in CONFIGS[kernel][table]
         if fits(kernel, config, table, shape.dtype.itemsize, shape.gated)
     ]
-    runs = {"ffn_up": operands.up, "ffn_dact": operands.dact, "ffn_recompute": operands.recompute}
+    runs: dict[str, Callable[[Config], Any]] = {
+        "ffn_up": operands.up,
+        "ffn_dact": operands.dact,
+        "ffn_recompute": operands.recompute,
+    }
     with progress_bar(total=len(cases) + 1, unit="kernel") as bar:
-        expected: Tensor | None = None
+        expected: list[Tensor] = []
         for kernel, config in cases:
             bar.set_description(kernel)
             row = Row(kernel, config, float("nan"))
             rows.append(row)
             bar.update()
             try:
-                if kernel == "ffn_recompute" and expected is None:
-                    operands.split(best["ffn_up"].config, best["ffn_dact"].config)
-                    expected = operands.dpreact.clone()
-                runs[kernel](config)
-                if expected is not None and not torch.equal(operands.dpreact, expected):
+                if kernel == "ffn_recompute" and not expected:
+                    hidden, _ = operands.split(best["ffn_up"].config, best["ffn_dact"].config)
+                    expected = [operands.dpreact.clone(), hidden]
+                result = runs[kernel](config)
+                if expected and not (
+                    torch.equal(operands.dpreact, expected[0])
+                    and torch.equal(result[0], expected[1])
+                ):
                     row.note = "other bits than split"
                     continue
                 row.ms = timer(partial(runs[kernel], config))

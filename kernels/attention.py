@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_configs import choose
-from .configs import Config, uses_descriptors
+from .configs import Config, architecture, uses_descriptors
 from .dispatch import MAX_HEAD_DIM
 from .launch import (
     DTYPES,
@@ -391,7 +391,8 @@ class Launch:
             raise ValueError(f"seed is None, expected one for a dropout of {mask.dropout}")
         if cu_seqlens is not None and self.batch != 1:
             raise ValueError(f"q has a batch of {self.batch}, expected 1 with cu_seqlens")
-        self.cu_seqlens, self.seed = cu_seqlens, seed
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+        self.seed = seed
         self.heavy = bool(mask.softcap or mask.dropout or cu_seqlens is not None)
         self.desc = uses_descriptors(q) and all(
             describable(x) and side_by_side(x, self.block_d) for x in (q, k, v, *others)
@@ -449,7 +450,8 @@ def attention_forward(
     launch = Launch(q, k, v, mask, cu_seqlens, seed)
     if config is None:
         size = q.element_size()
-        config = choose("attention_forward", q.device, size, launch.block_d, launch.heavy)
+        name = architecture(q.device)
+        config = choose("attention_forward", name, size, launch.block_d, launch.heavy)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(
         (launch.batch, launch.heads, launch.tokens), dtype=torch.float32, device=q.device
@@ -460,7 +462,7 @@ def attention_forward(
             rows_of(q, config.block_m, launch.desc),
             rows_of(k, config.block_n, launch.desc),
             rows_of(v, config.block_n, launch.desc),
-            out, lse, cu_seqlens, *table, seed,
+            out, lse, launch.cu_seqlens, *table, seed,
             launch.tokens, launch.heads, launch.group,
             *q.stride()[1:3], *k.stride()[1:3], *v.stride()[1:3], *out.stride()[1:3],
             *lse.stride(),

@@ -35,7 +35,7 @@ from .attention import (
     visible,
 )
 from .attention_configs import choose
-from .configs import Config
+from .configs import Config, architecture
 from .launch import on_device
 from .reference.explicit_attention import AttentionMask
 
@@ -318,7 +318,12 @@ def attention_backward(
         TypeError: for a dtype no kernel takes.
         ValueError: for shapes, strides or devices that do not fit.
     """
-    if dout.shape != q.shape or dout.dtype != q.dtype or dout.stride(3) != 1:
+    if dout.shape != q.shape or dout.dtype != q.dtype or dout.device != q.device:
+        raise ValueError(
+            f"dout is {dout.dtype} {list(dout.shape)} on {dout.device}, expected {q.dtype} "
+            f"{list(q.shape)} on {q.device}"
+        )
+    if dout.stride(3) != 1 or dout.stride(0) != dout.shape[1] * dout.stride(1):
         dout = dout.contiguous()
     launch = Launch(q, k, v, mask, cu_seqlens, seed, others=(dout,))
     shape = (launch.batch, launch.heads, launch.tokens)
@@ -329,8 +334,9 @@ def attention_backward(
                 f"torch.float32 {list(shape)} on {q.device}"
             )
     d, size = launch.block_d, q.element_size()
-    keys = dkdv_config or choose("attention_dkdv", q.device, size, d, launch.heavy)
-    queries = dq_config or choose("attention_dq", q.device, size, d, launch.heavy)
+    name = architecture(q.device)
+    keys = dkdv_config or choose("attention_dkdv", name, size, d, launch.heavy)
+    queries = dq_config or choose("attention_dq", name, size, d, launch.heavy)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     strides = [s for x in (q, k, v, dout) for s in x.stride()[1:3]]
     strides += [*lse.stride(), *delta.stride()]
@@ -339,7 +345,7 @@ def attention_backward(
         attention_dkdv_kernel[grid](
             rows_of(q, keys.block_m, launch.desc), rows_of(k, keys.block_n, launch.desc),
             rows_of(v, keys.block_n, launch.desc), rows_of(dout, keys.block_m, launch.desc),
-            lse, delta, dk, dv, cu_seqlens, *table, seed,
+            lse, delta, dk, dv, launch.cu_seqlens, *table, seed,
             launch.tokens, launch.heads, launch.group,
             *strides, *dk.stride()[1:3], *dv.stride()[1:3], *launch.numbers,
             **launch.flags, BLOCK_M=keys.block_m, BLOCK_N=keys.block_n,
@@ -351,7 +357,7 @@ def attention_backward(
             rows_of(k, queries.block_n, launch.desc),
             rows_of(v, queries.block_n, launch.desc),
             rows_of(dout, queries.block_m, launch.desc),
-            lse, delta, dq, cu_seqlens, *table, seed,
+            lse, delta, dq, launch.cu_seqlens, *table, seed,
             launch.tokens, launch.heads, launch.group,
             *strides, *dq.stride()[1:3], *launch.numbers,
             **launch.flags, BLOCK_M=queries.block_m, BLOCK_N=queries.block_n,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
-
 from .configs import SHARED_MEMORY, Config, table_of
 
 #: Kernel -> architecture -> configurations.
@@ -78,14 +76,12 @@ def shared_bytes(kernel: str, config: Config, itemsize: int) -> int:
 
 
 @functools.cache
-def choose(
-    kernel: str, device: torch.device, itemsize: int, block_d: int, heavy: bool = False
-) -> Config:
+def choose(kernel: str, name: str, itemsize: int, block_d: int, heavy: bool = False) -> Config:
     """The configuration a kernel runs with.
 
     Args:
         kernel: a key of `CONFIGS`.
-        device: where it runs.
+        name: the architecture (see `configs.architecture`).
         itemsize: bytes of an element.
         block_d: the head dim, rounded up to a power of two.
         heavy: whether there is a softcap, dropout, or packed sequences.
@@ -93,7 +89,7 @@ def choose(
     Raises:
         ValueError: if none fits.
     """
-    name = table_of(device, itemsize)
+    name = table_of(name, itemsize)
     first = HEAVY.get(kernel, {}).get(name, ()) if heavy else ()
     for config in (*first, *CONFIGS[kernel][name]):
         fits = shared_bytes(kernel, config, itemsize) <= SHARED_MEMORY[name]

@@ -50,6 +50,9 @@ SHARED_MEMORY = {
     "interpreter": 1 << 30,
 }
 
+#: Architectures whose kernels load through tensor descriptors; the interpreter, to test them.
+DESCRIPTORS = ("sm_90", "sm_100", "interpreter")
+
 #: fp32 accumulators a thread can hold: beyond these, the loop spills.
 ACCUMULATORS = {"ffn_up": 128, "ffn_dact": 128, "ffn_recompute": 192, "weight_grad": 128}
 
@@ -166,25 +169,24 @@ def architecture(device: torch.device) -> str:
     return "sm_80" if (major, minor) == (8, 0) else "sm_89"
 
 
-def table_of(device: torch.device, itemsize: int) -> str:
-    """The architecture whose configurations a device uses for elements of that size.
+def table_of(name: str, itemsize: int) -> str:
+    """The architecture whose configurations one uses for elements of that size.
 
     fp32 is multiplied without tensor cores: on sm_90 and sm_100 every tile that is loaded through
     a descriptor spills then, and sm_80's, loaded through pointers, do not.
     """
-    name = architecture(device)
     return "sm_80" if itemsize == 4 and name in ("sm_90", "sm_100") else name
 
 
 def uses_descriptors(x: torch.Tensor) -> bool:
     """Whether kernels load x through descriptors: where the hardware has them, and to test them."""
-    return table_of(x.device, x.element_size()) in ("sm_90", "sm_100", "interpreter")
+    return table_of(architecture(x.device), x.element_size()) in DESCRIPTORS
 
 
 @functools.cache
 def choose(
     kernel: str,
-    device: torch.device,
+    name: str,
     itemsize: int,
     gated: bool = True,
     block_n: int | None = None,
@@ -194,7 +196,7 @@ def choose(
 
     Args:
         kernel: a key of `CONFIGS`.
-        device: where it runs.
+        name: the architecture (see `architecture`).
         itemsize: bytes of an operand's element.
         gated: whether the FFN has a gate.
         block_n: what `block_n` has to be; None for anything.
@@ -203,7 +205,7 @@ def choose(
     Raises:
         ValueError: if none fits.
     """
-    name = table_of(device, itemsize)
+    name = table_of(name, itemsize)
     if not aligned and name.startswith("sm_") and block_n is None:
         return UNALIGNED
     for config in CONFIGS[kernel][name]:

@@ -7,7 +7,7 @@
 |---|---|---|
 | nothing of this half but its input | gate, up and hidden | 3 (2 without a gate) |
 
-Two strategies give the same bits:
+Two strategies, which sum in the same order:
 
     split   `ffn_up` writes gate and up into scratch, `ffn_dact` reads and overwrites them
     fused   one kernel: a loop over h with two accumulators, another one with a third, and one
@@ -16,7 +16,8 @@ Two strategies give the same bits:
 The fused kernel saves writing and reading gate and up, some 2 % of the half; it holds three
 accumulators of a tile in registers, which costs the GEMMs some of their speed. Which one wins is a
 matter of device and shape: `tuning.py` measures it. Both loops are those of the split kernels, in
-their order.
+their order; under the interpreter the bits are the same, and `backfuse tune` chooses `fused` on a
+device only where it has seen that they are.
 
 The input comes in normalised. With the norm in the loop instead (gamma on the A tile, rstd a factor
 in the epilogue: `bench/norm_prologue.py`) the kernel compiles as well on sm_90: 252 registers and

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import triton
 
-from .configs import CONFIGS, Config, choose, fits, table_of
+from .configs import CONFIGS, Config, architecture, choose, fits, table_of
 
 #: Goes up when old records would mean something else: kernels or their arguments changed.
 FORMAT = 1
@@ -160,15 +160,15 @@ def _config_for(
     kernel: str, shape: Shape, device: torch.device, block_n: int | None, aligned: bool
 ) -> Config:
     config = tuning(shape, device).configs.get(kernel)
-    table = table_of(device, shape.dtype.itemsize)
+    name, size = architecture(device), shape.dtype.itemsize
     if (
         config is not None
         and aligned
         and block_n in (None, config.block_n)
-        and fits(kernel, config, table, shape.dtype.itemsize, shape.gated)
+        and fits(kernel, config, table_of(name, size), size, shape.gated)
     ):
         return config
-    return choose(kernel, device, shape.dtype.itemsize, shape.gated, block_n, aligned)
+    return choose(kernel, name, size, shape.gated, block_n, aligned)
 
 
 def config_for(

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .configs import Config, choose, uses_descriptors
+from .configs import Config, architecture, choose, uses_descriptors
 from .launch import cdiv, check_matrix, describable, descriptor, dot_precision, on_device, readable
 from .tiles import halves, load_tile, tile_of
 
@@ -123,7 +123,7 @@ def weight_grad(
     aligned = describable(dy) and describable(x)
     desc = uses_descriptors(x) and aligned
     if config is None:
-        config = choose("weight_grad", x.device, x.element_size(), aligned=aligned)
+        config = choose("weight_grad", architecture(x.device), x.element_size(), aligned=aligned)
     grid = (cdiv(N, config.block_m) * cdiv(K, config.block_n),)
     m, n, k = config.block_m, config.block_n, config.block_k
     with on_device(x):

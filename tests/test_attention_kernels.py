@@ -12,7 +12,7 @@ from backfuse.kernels import fused, reference
 from backfuse.kernels.attention import attention_forward, packed_tiles
 from backfuse.kernels.attention_backward import attention_backward
 from backfuse.kernels.attention_configs import CONFIGS, HEAVY, choose, shared_bytes
-from backfuse.kernels.configs import SHARED_MEMORY, Config
+from backfuse.kernels.configs import SHARED_MEMORY, Config, architecture
 from backfuse.kernels.reference.explicit_attention import AttentionMask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -67,13 +67,15 @@ def test_lengths(tokens, name, poisoned_empty):
     )  # fmt: skip
 
 
+#: On a GPU its own configurations, under the interpreter everybody's.
+OWN = [architecture(torch.device(DEVICE))] if DEVICE == "cuda" else list(CONFIGS["attention_dq"])
 TABLE = sorted(
     {
         (kernel, config)
         for tables in (CONFIGS, HEAVY)
         for kernel, table in tables.items()
-        for configs in table.values()
-        for config in configs
+        for name in OWN
+        for config in table.get(name, ())
     },
     key=str,
 )
@@ -82,15 +84,14 @@ TABLE = sorted(
 @pytest.mark.parametrize("kernel, config", TABLE)
 @pytest.mark.parametrize("causal", [True, False])
 def test_every_configuration(kernel, config, causal):
-    """Blocks of any shape against each other: windows and edges fall differently into them."""
-    if DEVICE == "cuda" and shared_bytes(kernel, config, 4) > SHARED_MEMORY["sm_90"]:
-        pytest.skip("does not fit this device")
-    mask = AttentionMask(window=50, causal=causal, scale=0.3, dropout=0.1)
+    """With heads as wide as it is for; windows and edges fall differently into every shape."""
+    dim = config.block_k
+    mask = AttentionMask(window=50, causal=causal, scale=dim**-0.5, dropout=0.1)
     seed = torch.tensor([3], device=DEVICE)
-    q, k, v = heads(1, 200, 2, 1, 16, torch.float32)
+    q, k, v = heads(1, 200, 2, 1, dim, torch.float16)
     dout = torch.randn_like(q)
     out, lse = reference.attention_forward(q, k, v, mask, seed=seed)
-    delta = (out * dout).sum(-1).transpose(1, 2)
+    delta = (out.float() * dout.float()).sum(-1).transpose(1, 2)
     if kernel == "attention_forward":
         ours = attention_forward(q, k, v, mask, seed=seed, config=config)
         theirs = out, lse
@@ -101,24 +102,24 @@ def test_every_configuration(kernel, config, causal):
             dout, q, k, v, out, lse, mask, delta=delta, seed=seed
         )
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert (a.float() - b.float()).norm() <= 2e-3 * b.float().norm(), config
 
 
 def test_something_fits_every_head_everywhere():
     for kernel, table in CONFIGS.items():
-        for architecture, configs in table.items():
+        for name, configs in table.items():
             for itemsize in (2, 4):
-                if itemsize == 4 and architecture in ("sm_90", "sm_100"):
+                if itemsize == 4 and name in ("sm_90", "sm_100"):
                     continue  # sm_80's are used
                 for dim in (16, 32, 64, 128, 256):
                     assert any(
                         c.block_k >= dim
-                        and shared_bytes(kernel, c, itemsize) <= SHARED_MEMORY[architecture]
+                        and shared_bytes(kernel, c, itemsize) <= SHARED_MEMORY[name]
                         for c in configs
-                    ), (kernel, architecture, itemsize, dim)
+                    ), (kernel, name, itemsize, dim)
     assert shared_bytes("attention_dkdv", Config(64, 128, 128, 8, 2), 2) == (256 + 256) * 128 * 2
     place = torch.device(DEVICE)
-    assert choose("attention_forward", place, 2, 64).block_k >= 64
+    assert choose("attention_forward", architecture(place), 2, 64).block_k >= 64
 
 
 def test_the_same_bits_each_time_and_inputs_only_read():
@@ -145,6 +146,15 @@ def test_gradients_of_other_strides():
         strided = fused.attention_backward(dout, *arguments, delta=delta)
         plain = fused.attention_backward(dout.contiguous(), *arguments, delta=delta.contiguous())
         assert all(torch.equal(a, b) for a, b in zip(strided, plain, strict=True))
+
+
+def test_offsets_of_any_stride():
+    q, k, v = heads(1, 60, 2, 1, 16, torch.float32)
+    bounds = torch.tensor([0, 7, 20, 7, 60, 7], dtype=torch.int32, device=DEVICE)
+    mask = AttentionMask()
+    strided = fused.attention_forward(q, k, v, mask, cu_seqlens=bounds[::2])
+    plain = fused.attention_forward(q, k, v, mask, cu_seqlens=bounds[::2].contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(strided, plain, strict=True))
 
 
 @pytest.mark.parametrize("block", [16, 32, 128])
@@ -193,6 +203,9 @@ def test_bad_input_of_the_backward():
         attention_backward(GOOD, GOOD, GOOD, GOOD, lse, AttentionMask(), lse[..., :3])
     with pytest.raises(ValueError, match="delta is None, expected"):
         fused.attention_backward(GOOD, GOOD, GOOD, GOOD, GOOD, lse, AttentionMask())
+    rows = torch.zeros(1, 2, 4)
+    with pytest.raises(ValueError, match=r"dout is torch.float32 \[1, 4, 1, 8\] on .*, expected"):
+        attention_backward(GOOD[:, :, :1], GOOD, GOOD, GOOD, rows, AttentionMask(), rows)
     wide = torch.zeros(1, 4, 1, 264)
     with pytest.raises(ValueError, match="q has heads of 264, expected at most 256"):
         attention_forward(wide, wide, wide, AttentionMask())

@@ -15,7 +15,8 @@ import torch
 
 from backfuse import cli
 from backfuse.bench import static_cases, static_report
-from backfuse.bench.static_cases import ARCHITECTURES, Dot, bind, cases
+from backfuse.bench.static_case import Case, Dot, bind
+from backfuse.bench.static_cases import ARCHITECTURES, cases
 from backfuse.bench.static_report import (
     Compiler,
     compile_all,
@@ -30,6 +31,7 @@ from backfuse.bench.static_report import (
     tensor_core,
     widths,
 )
+from backfuse.kernels import attention_configs
 from backfuse.kernels.configs import CONFIGS, SHARED_MEMORY, Config, shared_bytes
 
 pytest.importorskip("triton")
@@ -106,7 +108,7 @@ def test_hopper_spills_nothing_in_a_loop_and_serialises_nothing(kernel, cache):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", static_cases.ATTENTION_CONFIGS)
+@pytest.mark.parametrize("kernel", attention_configs.CONFIGS)
 def test_hopper_attention_spills_nothing_in_a_loop_and_serialises_nothing(kernel, cache):
     for case, found in compiled(cases(["sm_90"], [kernel]), cache):
         where = f"{kernel} {case.variant} {case.tile}: {found}"
@@ -306,7 +308,7 @@ def test_every_configuration_and_variant_is_a_case():
 def test_a_failure_or_a_crash_is_a_row_and_the_next_case_goes_on(tmp_path):
     (good,) = cases(["sm_80"], ["attention_delta"])
     types = {name: kind for name, kind in good.types.items() if name != "M"}
-    bad = static_cases.Case(**{**vars(good), "types": types})
+    bad = Case(**{**vars(good), "types": types})
     compiler = Compiler(tmp_path / "scratch")
     try:
         assert compiler(bad)["error"].endswith("M are missing, none too many")

@@ -10,7 +10,7 @@ from conftest import DEVICE
 from backfuse.bench import tune as module
 from backfuse.bench.tune import frame, run, tune
 from backfuse.kernels import ffn_recompute, tuning
-from backfuse.kernels.configs import CONFIGS, Config, choose
+from backfuse.kernels.configs import CONFIGS, Config, architecture, choose
 from backfuse.kernels.tuning import Shape, Tuning, cache_file, config_for, save, strategy_for
 
 PLACE = torch.device(DEVICE)
@@ -32,7 +32,7 @@ def some(kernel, index=-2):
 
 def test_defaults_need_no_file(cache):
     assert strategy_for(X, 128, True) == "split"
-    assert config_for("ffn_up", X, 128, True) == choose("ffn_up", PLACE, 4, True)
+    assert config_for("ffn_up", X, 128, True) == choose("ffn_up", architecture(PLACE), 4, True)
     assert not cache.exists()
 
 
@@ -44,7 +44,7 @@ def test_a_record_is_used_for_its_shape_only():
     assert strategy_for(X, 128, True) == "fused" and strategy_for(X, 256, True) == "split"
     assert strategy_for(X, 128, False) == "split" and strategy_for(X.half(), 128, True) == "split"
     assert config_for("ffn_up", X, 128, True) == some("ffn_up")
-    assert config_for("ffn_dact", X, 128, True) == choose("ffn_dact", PLACE, 4)
+    assert config_for("ffn_dact", X, 128, True) == choose("ffn_dact", architecture(PLACE), 4)
     # an eight-bit pre-activation needs 128 columns a tile, which this one has not
     assert some("ffn_up").block_n != 128
     assert config_for("ffn_up", X, 128, True, 128).block_n == 128
