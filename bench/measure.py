@@ -244,7 +244,7 @@ def laps(
         else:
             marks[-1].append(time.perf_counter())
 
-    with _no_collection():
+    with no_collection():
         synchronize(device)
         for _ in range(repeats):
             marks.append([])
@@ -276,7 +276,7 @@ def kernel_seconds(call: Callable[[], Any], device: torch.device | str) -> float
 
 def seconds(call: Callable[[], Any], device: torch.device | str = "cpu") -> float:
     """Wall-clock seconds of one `call`, the device being idle before and after."""
-    with _no_collection():
+    with no_collection():
         synchronize(device)
         start = time.perf_counter()
         call()
@@ -285,7 +285,7 @@ def seconds(call: Callable[[], Any], device: torch.device | str = "cpu") -> floa
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Keeps the garbage collector from falling into somebody's measurement."""
     enabled = gc.isenabled()
     gc.disable()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .function import run_job
 from .inputs import check_chunk_size, check_impl, check_weights, prepare
-from .policy import Policy, PolicyLike
+from .policy import KEEP, Policy, PolicyLike
 from .replay import effective_policies
 from .run import Layer, RunJob, wanted_names
 from .spec import BlockSpec, check_spec
@@ -189,8 +189,8 @@ class TransformerBlock(nn.Module):
             ffn_strategy=self.ffn_strategy,
             lossy=self.policy.lossy,
         )
-        weights = check_weights(self.weights(), self.spec.parameters(), hidden_states)
-        [policy] = effective_policies([self.policy]) or [Policy()]
+        weights = check_weights(self.weights(), self.spec.parameters(), hidden_states, call)
+        [policy] = effective_policies([self.policy]) or [KEEP]
         layer = Layer(policy, self._names, wanted_names(hidden_states, weights))
         job = RunJob(call, (layer,), 0)
         return run_job(job, inputs, hidden_states, list(weights.values()))

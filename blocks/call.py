@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
     seed: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """What one call of a block fixes besides its tensors.
 
@@ -66,6 +66,7 @@ class Call:
         batch_size: sequences (1 where they are packed).
         seq_len: tokens a sequence (all tokens where they are packed).
         compute_dtype: of the GEMMs' operands: autocast's, or the weights'.
+        autocast: whether it is autocast's.
         chunk_size: tokens a chunk.
         ops: the kernels, or their reference.
         core: whose attention runs: the kernels' or the reference's.
@@ -78,6 +79,7 @@ class Call:
     batch_size: int
     seq_len: int
     compute_dtype: torch.dtype
+    autocast: bool
     chunk_size: int
     ops: Operations
     core: Operations
@@ -213,9 +215,7 @@ class NormUse:
         kept: what an earlier pass kept: its statistics are read where they are there.
     """
 
-    def __init__(
-        self, call: Call, weights: Weights, role: str, kept: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, call: Call, weights: Weights, role: str, kept: Mapping[str, Tensor]) -> None:
         self.call = call
         self.spec = call.spec.norm_spec
         self.name = call.spec.norm_names[role]

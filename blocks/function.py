@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -22,10 +23,10 @@ from .attention import AttentionHalf
 from .call import Call, Inputs, WeightGrads, cast_weights
 from .ffn import FFNHalf
 from .inputs import check_weights, prepare
-from .keep import INPUT, attention_reads, ffn_reads, half_needs
-from .policy import Policy, PolicyLike
+from .keep import INPUT, Needs, attention_reads, ffn_reads, half_needs
+from .policy import KEEP, Policy, PolicyLike
 from .replay import effective_policies
-from .run import Gradients, Kept, Layer, wanted_names
+from .run import Gradients, Kept, wanted_names
 from .spec import BlockSpec, check_spec
 
 
@@ -41,11 +42,14 @@ class Job(Protocol):
         """The gradient of x `[tokens, h]` and those of the weights, None where not wanted."""
 
 
+_AS_IT_IS: AbstractContextManager[object] = nullcontext()
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Casts are made by hand: autocast is off inside, where it was on at all."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
+    return _AS_IT_IS
 
 
 class RecomputeFunction(torch.autograd.Function):
@@ -90,45 +94,63 @@ def run_job(job: Job, inputs: Inputs, hidden_states: Tensor, weights: Sequence[T
     return z.view(hidden_states.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HalfJob:
     """One half alone.
 
     Attributes:
         call: the call.
-        layer: policy, parameter names and wanted names.
         half: `"attn"` or `"ffn"`.
+        names: of the half's parameters, in the order of its weights.
+        wanted: the names that want a gradient, `INPUT` for the half's input.
+        needs: what the backward pass has to give.
+        keep: names of what the forward pass keeps.
     """
 
     call: Call
-    layer: Layer
     half: str
+    names: tuple[str, ...]
+    wanted: frozenset[str]
+    needs: Needs
+    keep: frozenset[str]
+
+    def _cast(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+        return cast_weights(dict(zip(self.names, weights, strict=True)), self.call.compute_dtype)
 
     def forward(self, x: Tensor, weights: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, Kept]:
-        call, layer = self.call, self.layer
-        named = cast_weights(dict(zip(layer.names, weights, strict=True)), call.compute_dtype)
-        needs = half_needs(call.spec, self.half, layer.wanted, INPUT in layer.wanted)
+        named, keep = self._cast(weights), self.keep
         if self.half == "ffn":
-            keep = ffn_reads(call.spec, layer.policy, needs).kept
-            z, kept = FFNHalf(call, named, inputs, {}).forward(x, keep)
-            return z, kept | ({"mid": x} if "mid" in keep else {})
-        keep = attention_reads(call.spec, layer.policy, needs, read_mid=False).kept
-        attn = AttentionHalf(call, named, inputs, x, {}, keep)
+            z, kept = FFNHalf(self.call, named, inputs, {}).forward(x, keep)
+            if "mid" in keep:
+                kept["mid"] = x
+            return z, kept
+        attn = AttentionHalf(self.call, named, inputs, x, {}, keep)
         mid = attn.mid()
         return mid, {name: attn.values[name] for name in sorted(keep)}
 
     def backward(
         self, dz: Tensor, weights: Sequence[Tensor], inputs: Inputs, kept: Kept
     ) -> Gradients:
-        call, layer = self.call, self.layer
-        named = cast_weights(dict(zip(layer.names, weights, strict=True)), call.compute_dtype)
-        needs = half_needs(call.spec, self.half, layer.wanted, INPUT in layer.wanted)
-        grads = WeightGrads(call.ops, layer.wanted)
+        call, named, needs = self.call, self._cast(weights), self.needs
+        grads = WeightGrads(call.ops, self.wanted)
         if self.half == "ffn":
             dx = FFNHalf(call, named, inputs, kept).backward(kept.get("mid"), dz, needs, grads)
         else:
             dx = AttentionHalf(call, named, inputs, kept.get("x"), kept).backward(dz, needs, grads)
-        return dx, grads.take(layer.names, weights)
+        return dx, grads.take(self.names, weights)
+
+
+@lru_cache(maxsize=4096)
+def _half_job(
+    call: Call, half: str, names: tuple[str, ...], wanted: frozenset[str], policy: Policy
+) -> HalfJob:
+    """The job, the same one for the same question."""
+    needs = half_needs(call.spec, half, wanted, INPUT in wanted)
+    if half == "ffn":
+        reads = ffn_reads(call.spec, policy, needs)
+    else:
+        reads = attention_reads(call.spec, policy, needs, read_mid=False)
+    return HalfJob(call, half, names, wanted, needs, reads.kept)
 
 
 def _half(
@@ -145,10 +167,10 @@ def _half(
     call, inputs = prepare(
         spec, hidden_states, attention=half == "attn", lossy=parsed.lossy, **options
     )
-    weights = check_weights(weights, shapes, hidden_states)
-    [parsed] = effective_policies([parsed]) or [Policy()]
-    layer = Layer(parsed, tuple(weights), wanted_names(hidden_states, weights))
-    job = HalfJob(call, layer, half)
+    weights = check_weights(weights, shapes, hidden_states, call)
+    [parsed] = effective_policies([parsed]) or [KEEP]
+    wanted = wanted_names(hidden_states, weights)
+    job = _half_job(call, half, tuple(weights), wanted, parsed)
     return run_job(job, inputs, hidden_states, list(weights.values()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,10 +21,12 @@ from .errors import nearest
 from .spec import BlockSpec, check_spec
 
 
+def _told(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)} on {device}"
+
+
 def _described(x: object) -> str:
-    if isinstance(x, Tensor):
-        return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
-    return repr(x)
+    return _told(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else repr(x)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -36,23 +39,47 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _check_weight_dtype(name: str, weight: Tensor, x: Tensor, autocast: bool) -> None:
+#: What is checked of a weight: shape, dtype, device.
+Layout = tuple[torch.Size, torch.dtype, torch.device]
+
+
+@lru_cache(maxsize=4096)
+def _check_layouts(
+    names: tuple[str, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    layouts: tuple[Layout, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    autocast: bool,
+) -> None:
+    """Raise unless weights fit; those that do are remembered, so that a training step asks once."""
+    for name, shape, layout in zip(names, shapes, layouts, strict=True):
+        if layout[0] != shape:
+            raise ValueError(f"{name} is {_told(*layout)}, expected the shape {list(shape)}")
+        if layout[2] != device:
+            raise ValueError(
+                f"{name} is on {layout[2]}, expected the device of hidden_states ({device})"
+            )
+        _check_weight_dtype(name, layout[1], dtype, autocast)
+
+
+def _check_weight_dtype(name: str, given: torch.dtype, dtype: torch.dtype, autocast: bool) -> None:
     if autocast:
         expected = [torch.float32, torch.bfloat16, torch.float16]
         reason = "under autocast"
     elif "_proj." in name:
-        expected = [x.dtype]
+        expected = [dtype]
         reason = "the dtype of hidden_states; mixed precision is torch.autocast's business"
     else:
-        expected = list(dict.fromkeys((x.dtype, torch.float32)))
-        reason = f"with hidden_states in {x.dtype}"
-    if weight.dtype not in expected:
+        expected = list(dict.fromkeys((dtype, torch.float32)))
+        reason = f"with hidden_states in {dtype}"
+    if given not in expected:
         told = " or ".join(map(str, expected))
-        raise TypeError(f"{name} is {weight.dtype}, expected {told}, {reason}")
+        raise TypeError(f"{name} is {given}, expected {told}, {reason}")
 
 
 def check_weights(
-    weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], x: Tensor
+    weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], x: Tensor, call: Call
 ) -> dict[str, Tensor]:
     """The weights of a half or a block, in the order of `shapes`.
 
@@ -65,26 +92,19 @@ def check_weights(
     """
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights is {weights!r}, expected a mapping from names to tensors")
-    autocast = _autocast_dtype(x) is not None
+    given = {}
     for name, shape in shapes.items():
-        if name not in weights:
-            raise ValueError(f"weights lack {name!r}, expected a tensor of shape {list(shape)}")
-        weight = weights[name]
+        weight = weights.get(name)
         if not isinstance(weight, Tensor):
+            if name not in weights:
+                raise ValueError(f"weights lack {name!r}, expected a tensor of shape {list(shape)}")
             raise TypeError(f"{name} is {weight!r}, expected a tensor of shape {list(shape)}")
-        if tuple(weight.shape) != shape:
-            raise ValueError(f"{name} is {_described(weight)}, expected the shape {list(shape)}")
-        if weight.device != x.device:
-            raise ValueError(
-                f"{name} is on {weight.device}, expected the device of hidden_states ({x.device})"
-            )
-        _check_weight_dtype(name, weight, x, autocast)
-    # Biases and norm weights of any stride: oneDNN misreads them, and kernels refuse them. Autograd
-    # sees the copy, so that its gradient goes to whom it was made from.
-    return {
-        name: weights[name].contiguous() if len(shape) == 1 else weights[name]
-        for name, shape in shapes.items()
-    }
+        # Biases and norm weights of any stride: oneDNN misreads them, and kernels refuse them.
+        # Autograd sees the copy, so that its gradient goes to whom it was made from.
+        given[name] = weight.contiguous() if len(shape) == 1 else weight
+    layouts = tuple([(w.shape, w.dtype, w.device) for w in given.values()])
+    _check_layouts(tuple(shapes), tuple(shapes.values()), layouts, x.dtype, x.device, call.autocast)
+    return given
 
 
 def check_hidden_states(x: object, spec: BlockSpec) -> Tensor:
@@ -210,6 +230,42 @@ def _position_embeddings(
     return given[0], given[1]
 
 
+@lru_cache(maxsize=4096)
+def _call(
+    spec: BlockSpec,
+    batch_size: int,
+    seq_len: int,
+    dtype: torch.dtype,
+    autocast_dtype: torch.dtype | None,
+    device: torch.device,
+    chunk_size: int,
+    impl: str,
+    ffn_strategy: str,
+    dropout: bool,
+    max_seqlen: int | None,
+    lossy: bool,
+    attention: bool,
+) -> Call:
+    """The call, the same one for the same question."""
+    width = max(spec.hidden_size, spec.q_size)
+    head_dim = spec.head_dim if attention else 0
+    compute_dtype = autocast_dtype or dtype
+    ops = operations(impl, device, compute_dtype, width, head_dim, lossy)
+    return Call(
+        spec=spec,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        compute_dtype=compute_dtype,
+        autocast=autocast_dtype is not None,
+        chunk_size=chunk_size,
+        ops=ops,
+        core=ops,
+        ffn_strategy=ffn_strategy,
+        dropout=dropout,
+        max_seqlen=max_seqlen,
+    )
+
+
 def prepare(
     spec: BlockSpec,
     hidden_states: Tensor,
@@ -274,26 +330,13 @@ def prepare(
         # Drawn from PyTorch's generator: torch.manual_seed and an outer checkpoint's RNG state
         # govern it, and a CUDA graph draws anew at each replay.
         seed = torch.randint(2**63 - 1, (layers,), device=x.device, dtype=torch.int64)
-    compute_dtype = _autocast_dtype(x) or x.dtype
-    width = max(spec.hidden_size, spec.q_size)
-    device = x.device
-    head_dim = spec.head_dim if attention else 0
-    ops = operations(impl, device, compute_dtype, width, head_dim, lossy)
-    call = Call(
-        spec=spec,
-        batch_size=x.shape[0],
-        seq_len=x.shape[1],
-        compute_dtype=compute_dtype,
-        chunk_size=chunk_size,
-        ops=ops,
-        core=ops,
-        ffn_strategy=ffn_strategy,
-        dropout=dropout,
-        max_seqlen=max_seqlen,
-    )
+    call = _call(
+        spec, x.shape[0], x.shape[1], x.dtype, _autocast_dtype(x), x.device, chunk_size, impl,
+        ffn_strategy, dropout, max_seqlen, lossy, attention,
+    )  # fmt: skip
     if impl == "sdpa" and attention:
         core = library_attention(
-            call.mask, compute_dtype, device, head_dim, call.seq_len, attention_mask
+            call.mask, call.compute_dtype, x.device, spec.head_dim, call.seq_len, attention_mask
         )
         call = replace(call, core=core)
     return call, Inputs(cos, sin, attention_mask, cu_seqlens, seed)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 from .errors import nearest
 
@@ -66,6 +67,8 @@ class Policy:
         """
         if isinstance(value, Policy):
             return value
+        if isinstance(value, str) and value in NAMED_POLICIES:
+            return NAMED_POLICIES[value]
         if isinstance(value, Mapping):
             for name in value:
                 if name not in ACTIVATION_NAMES:
@@ -99,24 +102,30 @@ class Policy:
 
     def check_available(self) -> None:
         """Raise a ValueError if an action of this policy does not exist yet."""
+        if self._obstacle is not None:
+            raise ValueError(self._obstacle)
+
+    @cached_property
+    def _obstacle(self) -> str | None:
         for name in ACTIVATION_NAMES:
             action = getattr(self, name)
             if action == "offload":
-                raise ValueError(
+                return (
                     f"the action of {name} is 'offload', which needs the offload engine and is not "
                     "available in this version; use 'keep' or 'recompute'"
                 )
             if action == "fp8" and name not in FP8_NAMES:
-                raise ValueError(
+                return (
                     f"the action of {name} is 'fp8', expected another one: only "
                     f"{', '.join(FP8_NAMES)} can be kept in eight bits"
                 )
+        return None
 
     def keeps(self, name: str) -> bool:
         """Whether the activation of that name stays on the device."""
         return bool(getattr(self, name) == "keep")
 
-    @property
+    @cached_property
     def lossy(self) -> bool:
         """Whether gradients differ from those of `keep`: something is kept in eight bits."""
         return any(getattr(self, name) == "fp8" for name in FP8_NAMES)
@@ -137,9 +146,12 @@ class Policy:
 
 PolicyLike = Policy | str | Mapping[str, str]
 
+#: Everything is kept.
+KEEP = Policy()
+
 #: The policies that have a name, from most to least memory.
 NAMED_POLICIES: dict[str, Policy] = {
-    "keep": Policy(),
+    "keep": KEEP,
     "selective": Policy(preact="recompute"),
     "lean": Policy(qkv="recompute", mid="recompute", preact="recompute"),
     "full": Policy(qkv="recompute", attn_out="recompute", mid="recompute", preact="recompute"),

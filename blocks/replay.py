@@ -13,7 +13,7 @@ import warnings
 
 import torch
 
-from .policy import Policy
+from .policy import KEEP, Policy
 
 _warned = False
 
@@ -40,7 +40,7 @@ def effective_policies(policies: list[Policy], segments: bool = False) -> list[P
         segments: whether some layers share one `x`.
     """
     global _warned
-    recomputing = segments or any(policy != Policy() for policy in policies)
+    recomputing = segments or policies.count(KEEP) < len(policies)
     if not recomputing or not inside_checkpoint():
         return policies
     if not _warned:

@@ -232,37 +232,37 @@ class BlockSpec:
 
         return cls(**spec_fields(config, layer_idx))
 
-    @property
+    @cached_property
     def q_size(self) -> int:
         """Width of all query heads."""
         return self.num_attention_heads * self.head_dim
 
-    @property
+    @cached_property
     def kv_size(self) -> int:
         """Width of all key heads, and of all value heads."""
         return self.num_key_value_heads * self.head_dim
 
-    @property
+    @cached_property
     def qkv_size(self) -> int:
         """Width of q, k and v side by side."""
         return self.q_size + 2 * self.kv_size
 
-    @property
+    @cached_property
     def preact_size(self) -> int:
         """Width of the FFN's pre-activation: gate and up, or up alone."""
         return self.intermediate_size * (2 if self.gated else 1)
 
-    @property
+    @cached_property
     def preact_scales(self) -> int:
         """Scales of a token whose pre-activation is kept in eight bits."""
         return scale_count(self.intermediate_size) * (2 if self.gated else 1)
 
-    @property
+    @cached_property
     def pre_norm(self) -> bool:
         """Whether a norm stands before each half."""
         return self.norm_position != "post"
 
-    @property
+    @cached_property
     def post_norm(self) -> bool:
         """Whether a norm stands on each half's output."""
         return self.norm_position != "pre"
@@ -287,7 +287,7 @@ class BlockSpec:
             self.q_size, self.kv_size, self.head_dim, self.rope or "half", self.qk_norm, norm
         )
 
-    @property
+    @cached_property
     def norm_names(self) -> dict[str, str]:
         """Role of each norm -> Hugging Face's name for it."""
         if self.norm_position == "pre":

@@ -17,7 +17,7 @@ from .block import TransformerBlock
 from .function import run_job
 from .inputs import check_chunk_size, check_impl, check_weights, prepare
 from .keep import INPUT
-from .policy import Policy, PolicyLike
+from .policy import KEEP, Policy, PolicyLike
 from .replay import effective_policies
 from .run import Layer, RunJob, Tree, wanted_names
 from .spec import BlockSpec
@@ -215,13 +215,13 @@ class BlockStack(nn.Module):
         )
         blocks = list(self._blocks())
         shapes = self.spec.parameters()
-        weights = [check_weights(block.weights(), shapes, hidden_states) for block in blocks]
+        weights = [check_weights(block.weights(), shapes, hidden_states, call) for block in blocks]
         parts = self._segments
         policies = effective_policies(
             [block.policy for block in blocks], any(part != 1 for part in parts)
         )
         if policies is None:
-            policies, parts = [Policy()] * len(blocks), [1] * len(blocks)
+            policies, parts = [KEEP] * len(blocks), [1] * len(blocks)
         frozen = 0
         while frozen < len(blocks) and not wanted_names(hidden_states, weights[frozen]):
             frozen += 1

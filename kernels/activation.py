@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .eight_bits import check_eight_bits
-from .launch import SAME_BITS, cdiv, check_matrix, on_device
+from .eight_bits import check_preact
+from .launch import SAME_BITS, Layout, Plan, cdiv, layout, layouts, on_device, planned, stride
 from .reference.fp8 import TILE, scale_count
 
 #: Names of the activations, as in `reference.activation.ACTIVATIONS`.
@@ -123,6 +123,23 @@ def check_kind(kind: str, gated: bool, width: int) -> int:
     return width // 2 if gated else width
 
 
+@planned
+def _plan(preact: Layout, scales: Layout | None, kind: str, gated: bool) -> Plan:
+    rows, width = preact.shape
+    N = check_kind(kind, gated, width)
+    count = scale_count(N) * (2 if gated else 1)
+    check_preact(preact, scales, (rows, width), count, preact)
+    flags = {
+        "KIND": kind,
+        "GATED": gated,
+        "FP8": scales is not None,
+        "TILE_N": TILE,
+        "BLOCK_N": BLOCK_N,
+        **SAME_BITS,
+    }
+    return Plan((rows, cdiv(N, BLOCK_N)), (), (N, stride(preact), stride(scales), N), flags)
+
+
 def activation_forward(
     preact: Tensor,
     kind: str,
@@ -131,28 +148,9 @@ def activation_forward(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The activated hidden. Arguments and result as `reference.activation.activation_forward`."""
-    rows, width = preact.shape
-    N = check_kind(kind, gated, width)
-    if scales is None:
-        dtype = check_matrix("preact", preact, (rows, width), preact).dtype
-    else:
-        count = scale_count(N) * (2 if gated else 1)
-        check_eight_bits(preact, scales, rows, width, count, preact)
-    hidden = preact.new_empty(rows, N, dtype=dtype)
+    plan = _plan(layout(preact), *layouts(scales), kind, gated)
+    rows, N = plan.grid[0], plan.numbers[0]
+    hidden = preact.new_empty(rows, N, dtype=dtype if scales is not None else preact.dtype)
     with on_device(preact):
-        activation_kernel[rows, cdiv(N, BLOCK_N)](
-            preact,
-            scales,
-            hidden,
-            N,
-            preact.stride(0),
-            0 if scales is None else scales.stride(0),
-            hidden.stride(0),
-            KIND=kind,
-            GATED=gated,
-            FP8=scales is not None,
-            TILE_N=TILE,
-            BLOCK_N=BLOCK_N,
-            **SAME_BITS,
-        )
+        activation_kernel[plan.grid](preact, scales, hidden, *plan.numbers, **plan.flags)
     return hidden

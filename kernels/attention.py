@@ -34,9 +34,11 @@ from .launch import (
     TRITON_DTYPES,
     cdiv,
     describable,
-    descriptor,
+    described,
     dot_precision,
+    layout,
     on_device,
+    operand,
 )
 from .reference.explicit_attention import AttentionMask
 
@@ -351,7 +353,7 @@ def rows_of(x: Tensor, rows: int, desc: bool) -> Any:
         return x
     batch, tokens, heads, head_dim = x.shape
     flat = x.as_strided((batch * tokens, heads * head_dim), (x.stride(1), 1))
-    return descriptor(flat, rows, head_dim)
+    return operand(flat, described(layout(flat), rows, head_dim))
 
 
 def side_by_side(x: Tensor, block_d: int) -> bool:
@@ -395,7 +397,7 @@ class Launch:
         self.seed = seed
         self.heavy = bool(mask.softcap or mask.dropout or cu_seqlens is not None)
         self.desc = uses_descriptors(q) and all(
-            describable(x) and side_by_side(x, self.block_d) for x in (q, k, v, *others)
+            describable(layout(x)) and side_by_side(x, self.block_d) for x in (q, k, v, *others)
         )
         # what a window, a cap and dropout are without one: numbers that are not read
         threshold = int(mask.dropout * 2**32)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SAME_BITS, cdiv, check_matrix, on_device
+from .launch import SAME_BITS, cdiv, check_matrix, layout, on_device
 from .norm import warps
 from .reference.qk_rope import QKSpec
 
@@ -77,8 +77,9 @@ def head_tiles(spec: QKSpec) -> dict[str, int]:
 def check_delta(attn_out: Tensor, dout: Tensor, delta: Tensor, spec: QKSpec) -> None:
     """Raise unless the kernels can work with these."""
     rows = attn_out.shape[0]
-    check_matrix("attn_out", attn_out, (rows, spec.q_size), attn_out)
-    check_matrix("dout", dout, (rows, spec.q_size), attn_out)
+    like = layout(attn_out)
+    check_matrix("attn_out", like, (rows, spec.q_size), like)
+    check_matrix("dout", layout(dout), (rows, spec.q_size), like)
     shape = rows, spec.q_size // spec.head_dim
     if delta.dtype != torch.float32:
         raise TypeError(f"delta is {delta.dtype}, expected torch.float32")

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .launch import Layout
+
 
 @dataclass(frozen=True)
 class Config:
@@ -178,9 +180,9 @@ def table_of(name: str, itemsize: int) -> str:
     return "sm_80" if itemsize == 4 and name in ("sm_90", "sm_100") else name
 
 
-def uses_descriptors(x: torch.Tensor) -> bool:
+def uses_descriptors(x: torch.Tensor | Layout) -> bool:
     """Whether kernels load x through descriptors: where the hardware has them, and to test them."""
-    return table_of(architecture(x.device), x.element_size()) in DESCRIPTORS
+    return table_of(architecture(x.device), x.dtype.itemsize) in DESCRIPTORS
 
 
 @functools.cache

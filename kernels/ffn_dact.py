@@ -13,7 +13,7 @@ what was written and not in the epilogue: there, the order of a sum would be tha
 layout, which differs from kernel to kernel, and so would the bits of `split` and `fused`.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -22,17 +22,25 @@ from torch import Tensor
 
 from .activation import act, act_grad, check_kind
 from .configs import Config, uses_descriptors
-from .eight_bits import check_eight_bits
+from .eight_bits import check_preact
 from .launch import (
     SAME_BITS,
     TRITON_DTYPES,
+    Described,
+    Layout,
+    Plan,
     cdiv,
     check_matrix,
     describable,
-    descriptor,
+    described,
     dot_precision,
+    layout,
+    layouts,
     on_device,
+    operand,
+    planned,
     readable,
+    stride,
 )
 from .reference.fp8 import TILE, scale_count
 from .tiles import column_parts, dot_kn, tile_of
@@ -193,41 +201,100 @@ def ffn_dact_kernel(
         )  # fmt: skip
 
 
-class DownWeight:
-    """dy and the down projection's weight as the kernels take them.
+@dataclass(frozen=True)
+class DownLayouts:
+    """dy and the down projection's weight as a launch is planned by them.
 
-    Args:
+    Attributes:
         dy: `[rows, h]`.
         down: `[h, f]`.
-        descriptors: whether the device loads through descriptors.
 
     Raises:
         TypeError: for a dtype no kernel takes, or several.
         ValueError: for shapes or devices that do not fit.
     """
 
-    def __init__(self, dy: Tensor, down: Tensor, descriptors: bool) -> None:
-        dy, down = readable(dy), readable(down)
-        self.K, self.N = down.shape
-        check_matrix("dy", dy, (len(dy), self.K), dy)
-        check_matrix("down", down, (self.K, self.N), dy)
+    dy: Layout
+    down: Layout
+
+    def __post_init__(self) -> None:
+        dy, down = self.dy, self.down
+        check_matrix("dy", dy, (dy.shape[0], down.shape[0]), dy)
+        check_matrix("down", down, (down.shape[0], down.shape[1]), dy)
         if down.dtype != dy.dtype:
             raise TypeError(f"down is {down.dtype}, expected the dtype of dy ({dy.dtype})")
-        self.dy, self.down = dy, down
-        self.aligned = describable(dy) and describable(down)
-        self.desc = descriptors and self.aligned
 
-    def operands(self, config: Config) -> tuple[Any, Any]:
-        """dy and the weight as pointers or descriptors of a configuration's blocks."""
-        if not self.desc:
-            return self.dy, self.down
+    @property
+    def aligned(self) -> bool:
+        """Whether descriptors could describe both."""
+        return describable(self.dy) and describable(self.down)
+
+    def blocks(self, config: Config, desc: bool) -> tuple[Described | None, ...]:
+        """How both are described."""
+        if not desc:
+            return None, None
         m, n, k = config.block_m, config.block_n, config.block_k
-        return descriptor(self.dy, m, k), descriptor(self.down, k, n)
+        return described(self.dy, m, k), described(self.down, k, n)
 
 
 def bias_gradient(dpreact: Tensor, need: bool) -> Tensor | None:
     """The sum over rows in fp32, where it is wanted."""
     return dpreact.sum(0, dtype=torch.float32) if need else None
+
+
+@planned
+def _plan(
+    dy: Layout,
+    down: Layout,
+    preact: Layout,
+    dpreact: Layout,
+    scales: Layout | None,
+    kind: str,
+    gated: bool,
+    need_hidden: bool,
+    config: Config | None,
+) -> Plan:
+    downs = DownLayouts(dy, down)
+    M, (K, N) = dy.shape[0], down.shape
+    width, fp8 = N * (2 if gated else 1), scales is not None
+    check_kind(kind, gated, width)
+    check_dpreact(dpreact, (M, width), dy)
+    check_preact(preact, scales, (M, width), scale_count(N) * (1 + gated), dy)
+    if config is None:
+        config = config_for("ffn_dact", dy, N, gated, TILE if fp8 else None, downs.aligned)
+    desc = uses_descriptors(dy) and downs.aligned
+    flags = {
+        "KIND": kind,
+        "GATED": gated,
+        "STORE_HIDDEN": need_hidden,
+        "FP8": fp8,
+        "TILE_N": TILE,
+        "DTYPE": TRITON_DTYPES[dy.dtype],
+        "PRECISION": dot_precision(dy.dtype),
+        "DESC": desc,
+        "EVEN_K": K % config.block_k == 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "SPLIT": config.split,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        **SAME_BITS,
+    }
+    return Plan(
+        (cdiv(M, config.block_m) * cdiv(N, config.block_n),),
+        downs.blocks(config, desc),
+        (M, N, K, *map(stride, (dy, down, preact, scales, dpreact)), N),
+        flags,
+    )
+
+
+def check_dpreact(dpreact: Layout, shape: tuple[int, int], like: Layout) -> None:
+    """Raise unless the kernels can write dpreact: of that shape, in like's dtype, on its device."""
+    check_matrix("dpreact", dpreact, shape, like)
+    if dpreact.dtype != like.dtype:
+        raise TypeError(f"dpreact is {dpreact.dtype}, expected the dtype of dy ({like.dtype})")
 
 
 def ffn_dact(
@@ -252,56 +319,25 @@ def ffn_dact(
         TypeError: for a dtype no kernel takes.
         ValueError: for shapes, strides or devices that do not fit.
     """
-    operands = DownWeight(dy, down, uses_descriptors(dy))
-    M, N, K = len(dy), operands.N, operands.K
-    width = N * (2 if gated else 1)
-    check_kind(kind, gated, width)
-    check_matrix("dpreact", dpreact, (M, width), dy)
-    preact = preact if scales is not None else readable(preact)
-    if scales is not None:
-        check_eight_bits(preact, scales, M, width, scale_count(N) * (1 + gated), dy)
-    else:
-        check_matrix("preact", preact, (M, width), dy)
-    for name, x in (("dpreact", dpreact), ("preact", dpreact if scales is not None else preact)):
-        if x.dtype != dy.dtype:
-            raise TypeError(f"{name} is {x.dtype}, expected the dtype of dy ({dy.dtype})")
-    if config is None:
-        block_n = None if scales is None else TILE
-        config = config_for("ffn_dact", dy, N, gated, block_n, operands.aligned)
+    dy, down = readable(dy), readable(down)
+    if scales is None:
+        preact = readable(preact)
+    plan = _plan(
+        layout(dy), layout(down), *layouts(preact, dpreact, scales),
+        kind, gated, need_hidden, config,
+    )  # fmt: skip
+    M, N, *_ = plan.numbers
     hidden = dy.new_empty(M, N) if need_hidden else None
-    grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
+    dy_block, down_block = plan.blocks
     with on_device(dy):
-        ffn_dact_kernel[grid](
-            *operands.operands(config),
+        ffn_dact_kernel[plan.grid](
+            operand(dy, dy_block),
+            operand(down, down_block),
             preact,
             scales,
             dpreact,
             hidden,
-            M,
-            N,
-            K,
-            operands.dy.stride(0),
-            operands.down.stride(0),
-            preact.stride(0),
-            0 if scales is None else scales.stride(0),
-            dpreact.stride(0),
-            N,
-            KIND=kind,
-            GATED=gated,
-            STORE_HIDDEN=need_hidden,
-            FP8=scales is not None,
-            TILE_N=TILE,
-            DTYPE=TRITON_DTYPES[dy.dtype],
-            PRECISION=dot_precision(dy.dtype),
-            DESC=operands.desc,
-            EVEN_K=K % config.block_k == 0,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            SPLIT=config.split,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **SAME_BITS,
+            *plan.numbers,
+            **plan.flags,
         )
     return hidden, bias_gradient(dpreact, need_dbias)

@@ -34,9 +34,21 @@ from torch import Tensor
 
 from .activation import check_kind
 from .configs import Config, uses_descriptors
-from .ffn_dact import DownWeight, bias_gradient, ffn_dact, store_dact
-from .ffn_up import UpWeights, add_bias, dot_up, ffn_up
-from .launch import cdiv, check_matrix, on_device
+from .ffn_dact import DownLayouts, bias_gradient, check_dpreact, ffn_dact, store_dact
+from .ffn_up import UpLayouts, add_bias, dot_up, ffn_up, gate_and_up
+from .launch import (
+    Layout,
+    Plan,
+    cdiv,
+    check_matrix,
+    layout,
+    layouts,
+    on_device,
+    operand,
+    planned,
+    readable,
+    stride,
+)
 from .tiles import column_parts, dot_kn, tile_of
 from .tuning import config_for, strategy_for
 
@@ -102,6 +114,40 @@ def ffn_recompute_kernel(
         )  # fmt: skip
 
 
+@planned
+def _plan(
+    x: Layout,
+    weights: tuple[Layout, ...],
+    biases: tuple[Layout | None, ...],
+    dy: Layout,
+    down: Layout,
+    dpreact: Layout,
+    kind: str,
+    gated: bool,
+    need_hidden: bool,
+    config: Config | None,
+) -> Plan:
+    ups, downs = UpLayouts(x, weights, biases, gated), DownLayouts(dy, down)
+    M, N, K = ups.sizes
+    width = N * (2 if gated else 1)
+    check_kind(kind, gated, width)
+    check_matrix("dy", dy, (M, K), x)
+    check_matrix("down", down, (K, N), x)
+    check_dpreact(dpreact, (M, width), x)
+    aligned = ups.aligned and downs.aligned
+    if config is None:
+        config = config_for("ffn_recompute", x, N, gated, aligned=aligned)
+    desc = uses_descriptors(x) and aligned
+    flags = {**ups.flags(config, desc), "KIND": kind, "STORE_HIDDEN": need_hidden}
+    rows = (x, weights[0], weights[-1], dy, down, dpreact)
+    return Plan(
+        (cdiv(M, config.block_m) * cdiv(N, config.block_n),),
+        ups.blocks(config, desc) + downs.blocks(config, desc),
+        (M, N, K, *map(stride, rows), N),
+        flags,
+    )
+
+
 def ffn_recompute_dact(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -136,46 +182,28 @@ def ffn_recompute_dact(
         )
     if strategy != "fused":
         raise ValueError(f"strategy is {strategy!r}, expected 'auto', 'split' or 'fused'")
-    descriptors = uses_descriptors(x)
-    ups = UpWeights(x, weights, biases, gated, descriptors)
-    downs = DownWeight(dy, down, descriptors and ups.desc)
-    M, N, K = len(x), ups.N, ups.K
-    width = N * (2 if gated else 1)
-    check_kind(kind, gated, width)
-    check_matrix("dy", dy, (M, K), x)
-    check_matrix("down", down, (K, N), x)
-    check_matrix("dpreact", dpreact, (M, width), x)
-    if dpreact.dtype != x.dtype:
-        raise TypeError(f"dpreact is {dpreact.dtype}, expected the dtype of x ({x.dtype})")
-    if config is None:
-        aligned = ups.aligned and downs.aligned
-        config = config_for("ffn_recompute", x, N, gated, aligned=aligned)
-    hidden = dy.new_empty(M, N) if need_hidden else None
-    ups.desc = downs.desc  # both or neither
-    ups.packed = ups.packed and ups.desc
-    grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
+    x, weights = readable(x), [readable(weight) for weight in weights]
+    biases = [None if bias is None else bias.contiguous() for bias in biases]
+    dy, down = readable(dy), readable(down)
+    plan = _plan(
+        layout(x), layouts(*weights), layouts(*biases), *layouts(dy, down, dpreact),
+        kind, gated, need_hidden, config,
+    )  # fmt: skip
+    M, N, *_ = plan.numbers
+    hidden = x.new_empty(M, N) if need_hidden else None
+    x_block, gate_block, up_block, dy_block, down_block = plan.blocks
+    gate, up = gate_and_up(weights, gated, gate_block is not None)
     with on_device(x):
-        ffn_recompute_kernel[grid](
-            *ups.operands(config),
-            ups.b_gate,
-            ups.b_up,
-            *downs.operands(config),
+        ffn_recompute_kernel[plan.grid](
+            operand(x, x_block),
+            operand(gate, gate_block),
+            operand(up, up_block),
+            *gate_and_up(biases, gated),
+            operand(dy, dy_block),
+            operand(down, down_block),
             dpreact,
             hidden,
-            M,
-            N,
-            K,
-            ups.x.stride(0),
-            ups.gate.stride(0),
-            ups.up.stride(0),
-            downs.dy.stride(0),
-            downs.down.stride(0),
-            dpreact.stride(0),
-            N,
-            KIND=kind,
-            GATED=gated,
-            STORE_HIDDEN=need_hidden,
-            SPLIT=config.split,
-            **ups.flags(config),
+            *plan.numbers,
+            **plan.flags,
         )
     return hidden, bias_gradient(dpreact, need_dbias)

@@ -16,28 +16,35 @@ With a stacked weight, seen as `[2, N, K]`, one descriptor loads a tile of both 
 multiplies it; two weights take two loads and two dots.
 """
 
-import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import act, check_kind
 from .configs import Config, uses_descriptors
-from .eight_bits import check_eight_bits
+from .eight_bits import check_preact
 from .launch import (
     SAME_BITS,
     TRITON_DTYPES,
+    Described,
+    Layout,
+    Plan,
     cdiv,
     check_matrix,
     describable,
-    descriptor,
+    described,
     dot_precision,
+    layout,
+    layouts,
     on_device,
+    operand,
+    planned,
     readable,
+    stride,
 )
 from .reference.fp8 import LARGEST, TILE, scale_count
 from .tiles import column_parts, load_tile, tile_of
@@ -219,118 +226,164 @@ def ffn_up_kernel(
             tl.store(pointers, value.to(DTYPE), mask=mask)
 
 
-def check_bias(bias: Tensor, weight: Tensor) -> Tensor:
-    """The bias, contiguous.
-
-    Raises:
-        ValueError: if it is not one of that weight's: by length, dtype or device.
-    """
-    if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype or bias.device != weight.device:
+def check_bias(bias: Layout, weight: Layout) -> None:
+    """Raise a ValueError unless a bias is that weight's: by length, dtype and device."""
+    if (bias.shape, bias.dtype, bias.device) != (weight.shape[:1], weight.dtype, weight.device):
         raise ValueError(
             f"a bias is {bias.dtype} {list(bias.shape)} on {bias.device}, expected {weight.dtype} "
-            f"[{len(weight)}] on {weight.device}"
+            f"[{weight.shape[0]}] on {weight.device}"
         )
-    return bias.contiguous()
 
 
-class UpWeights:
-    """The first projections' weights as the kernels take them.
+@dataclass(frozen=True)
+class UpLayouts:
+    """The first projections' input and weights as a launch is planned by them.
 
-    Args:
+    Attributes:
         x: `[rows, h]`, their input.
         weights: gate and up, or up alone, `[f, h]`; or one stacked `[2 f, h]`.
         biases: one a weight, or None each.
         gated: whether there is a gate.
-        descriptors: whether the device loads through descriptors.
 
     Raises:
         TypeError: for a dtype no kernel takes, or several.
         ValueError: for shapes or devices that do not fit.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        gated: bool,
-        descriptors: bool,
-    ) -> None:
-        x, weights = readable(x), [readable(weight) for weight in weights]
-        rows, self.K = x.shape
-        check_matrix("x", x, (rows, self.K), x)
-        self.stacked = gated and len(weights) == 1
+    x: Layout
+    weights: tuple[Layout, ...]
+    biases: tuple[Layout | None, ...]
+    gated: bool
+
+    def __post_init__(self) -> None:
+        x, weights = self.x, self.weights
+        if len(weights) != (2 if self.gated and not self.stacked else 1):
+            raise ValueError(f"weights holds {len(weights)} tensors, expected gate and up, or one")
+        first = weights[0]
+        check_matrix("x", x, (x.shape[0], x.shape[1]), x)
         for weight in weights:
             width = weight.shape[0]
-            check_matrix("a weight of the first projection", weight, (width, self.K), x)
-            if weight.dtype != x.dtype or width != weights[0].shape[0]:
+            check_matrix("a weight of the first projection", weight, (width, x.shape[1]), x)
+            if weight.dtype != x.dtype or width != first.shape[0]:
                 raise ValueError(
                     f"a weight of the first projection is {weight.dtype} {list(weight.shape)}, "
-                    f"expected {x.dtype} {list(weights[0].shape)}"
+                    f"expected {x.dtype} {list(first.shape)}"
                 )
-        if len(weights) != (2 if gated and not self.stacked else 1):
-            raise ValueError(f"weights holds {len(weights)} tensors, expected gate and up, or one")
-        if self.stacked and weights[0].shape[0] % 2:
-            raise ValueError(f"the stacked weight has {len(weights[0])} rows, expected gate and up")
-        if len(biases) != len(weights) or len({bias is None for bias in biases}) > 1:
+        if self.stacked and first.shape[0] % 2:
+            raise ValueError(f"the stacked weight has {first.shape[0]} rows, expected gate and up")
+        if len(self.biases) != len(weights) or len({b is None for b in self.biases}) > 1:
             raise ValueError("biases hold some and lack some, expected one a weight, or no one")
-        biases = [
-            None if bias is None else check_bias(bias, weight)
-            for bias, weight in zip(biases, weights, strict=True)
-        ]
-        self.N = weights[0].shape[0] // (2 if self.stacked else 1)
-        self.aligned = all(describable(t) for t in (x, *weights))
-        self.desc = descriptors and self.aligned
-        self.packed = self.desc and self.stacked
-        if self.stacked:
-            self.gate, self.up = weights[0][: self.N], weights[0][self.N :]
-        else:
-            self.gate, self.up = weights[0], weights[-1]
-        bias = biases[0]
-        self.has_bias = bias is not None
-        self.b_gate, self.b_up = bias, biases[-1]
-        if bias is not None and self.stacked:
-            self.b_gate, self.b_up = bias[: self.N], bias[self.N :]
-        self.x = x
+        for bias, weight in zip(self.biases, weights, strict=True):
+            if bias is not None:
+                check_bias(bias, weight)
 
-    def operands(self, config: Config) -> tuple[Any, Any, Any]:
-        """x, gate and up as pointers or descriptors of a configuration's blocks."""
-        if not self.desc:
-            return self.x, self.gate, self.up
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """M, N and K."""
+        return self.x.shape[0], self.weights[0].shape[0] // (1 + self.stacked), self.x.shape[1]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether gate and up are one weight."""
+        return self.gated and len(self.weights) == 1
+
+    @property
+    def aligned(self) -> bool:
+        """Whether descriptors could describe everything."""
+        return describable(self.x) and all(map(describable, self.weights))
+
+    def blocks(self, config: Config, desc: bool) -> tuple[Described | None, ...]:
+        """How x, gate and up are described; a stacked weight as `[2, N, K]`, in gate's place."""
+        if not desc:
+            return None, None, None
         m, n, k = config.block_m, config.block_n, config.block_k
-        x = descriptor(self.x, m, k)
-        if self.packed:
-            both = self.gate.as_strided(
-                (2, self.N, self.K), (self.N * self.gate.stride(0), *self.gate.stride())
-            )
-            packed = descriptor(both, 2, n, k)
+        x = described(self.x, m, k)
+        gate, up = self.weights[0], self.weights[-1]
+        if self.stacked:
+            _, N, K = self.sizes
+            both = gate._replace(shape=(2, N, K), strides=(N * gate.strides[0], *gate.strides))
+            packed = described(both, 2, n, k)
             return x, packed, packed
-        return x, descriptor(self.gate, n, k), descriptor(self.up, n, k)
+        return x, described(gate, n, k), described(up, n, k)
 
-    def flags(self, config: Config) -> dict[str, Any]:
+    def flags(self, config: Config, desc: bool) -> dict[str, Any]:
         """The constexprs that describe the weights and the tiles."""
-        return _flags(config, self.x.dtype, self.has_bias, self.packed, self.desc, self.K)
+        return {
+            "GATED": self.gated,
+            "HAS_BIAS": self.biases[0] is not None,
+            "DTYPE": TRITON_DTYPES[self.x.dtype],
+            "PRECISION": dot_precision(self.x.dtype),
+            "PACKED": desc and self.stacked,
+            "DESC": desc,
+            "EVEN_K": self.x.shape[1] % config.block_k == 0,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "GROUP_M": config.group_m,
+            "SPLIT": config.split,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            **SAME_BITS,
+        }
 
 
-@functools.cache
-def _flags(
-    config: Config, dtype: torch.dtype, has_bias: bool, packed: bool, desc: bool, K: int
-) -> dict[str, Any]:
-    return {
-        "HAS_BIAS": has_bias,
-        "DTYPE": TRITON_DTYPES[dtype],
-        "PRECISION": dot_precision(dtype),
-        "PACKED": packed,
-        "DESC": desc,
-        "EVEN_K": K % config.block_k == 0,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        **SAME_BITS,
+Pair = tuple[Tensor | None, Tensor | None]
+
+
+def gate_and_up(tensors: Sequence[Tensor | None], gated: bool, whole: bool = False) -> Pair:
+    """The gate's and the up's part of weights or biases; twice the same without a gate.
+
+    Args:
+        tensors: gate and up, up alone, or one stacked.
+        gated: whether there is a gate.
+        whole: whether a stacked one is taken as it is: by a descriptor of both.
+    """
+    first, last = tensors[0], tensors[-1]
+    if gated and first is not None and len(tensors) == 1 and not whole:
+        gate, up = first.chunk(2)
+        return gate, up
+    return first, last
+
+
+@planned
+def _plan(
+    x: Layout,
+    weights: tuple[Layout, ...],
+    biases: tuple[Layout | None, ...],
+    preact: Layout | None,
+    scales: Layout | None,
+    kind: str,
+    gated: bool,
+    need_hidden: bool,
+    config: Config | None,
+) -> Plan:
+    ups = UpLayouts(x, weights, biases, gated)
+    M, N, K = ups.sizes
+    width, fp8 = N * (2 if gated else 1), scales is not None
+    check_kind(kind, gated, width)
+    if preact is not None:
+        check_preact(preact, scales, (M, width), scale_count(N) * (1 + gated), x)
+    if config is None:
+        config = config_for("ffn_up", x, N, gated, TILE if fp8 else None, ups.aligned)
+    desc = uses_descriptors(x) and ups.aligned
+    flags = {
+        **ups.flags(config, desc),
+        "KIND": kind,
+        "STORE_HIDDEN": need_hidden,
+        "STORE_PREACT": preact is not None,
+        "FP8": fp8,
+        "TILE_N": TILE,
+        "LARGEST_FP8": LARGEST,
     }
+    if fp8:
+        flags["SPLIT"] = 1  # a scale spans 128 columns
+    strides = (stride(x), stride(weights[0]), stride(weights[-1]), N)
+    return Plan(
+        (cdiv(M, config.block_m) * cdiv(N, config.block_n),),
+        ups.blocks(config, desc),
+        (M, N, K, *strides, stride(preact), stride(scales)),
+        flags,
+    )
 
 
 def ffn_up(
@@ -354,53 +407,26 @@ def ffn_up(
         TypeError: for a dtype no kernel takes.
         ValueError: for shapes, strides or devices that do not fit.
     """
-    operands = UpWeights(x, weights, biases, gated, uses_descriptors(x))
-    M, N, K = len(x), operands.N, operands.K
-    check_kind(kind, gated, N * (2 if gated else 1))
-    fp8 = scales is not None
-    if config is None:
-        config = config_for("ffn_up", x, N, gated, TILE if fp8 else None, operands.aligned)
-    if preact is not None:
-        _check_preact(preact, scales, M, N * (2 if gated else 1), scale_count(N) * (1 + gated), x)
+    x, weights = readable(x), [readable(weight) for weight in weights]
+    biases = [None if bias is None else bias.contiguous() for bias in biases]
+    plan = _plan(
+        layout(x), layouts(*weights), layouts(*biases), *layouts(preact, scales),
+        kind, gated, need_hidden, config,
+    )  # fmt: skip
+    M, N, *_ = plan.numbers
     hidden = x.new_empty(M, N) if need_hidden else None
-    grid = (cdiv(M, config.block_m) * cdiv(N, config.block_n),)
+    x_block, gate_block, up_block = plan.blocks
+    gate, up = gate_and_up(weights, gated, gate_block is not None)
     with on_device(x):
-        ffn_up_kernel[grid](
-            *operands.operands(config),
-            operands.b_gate,
-            operands.b_up,
+        ffn_up_kernel[plan.grid](
+            operand(x, x_block),
+            operand(gate, gate_block),
+            operand(up, up_block),
+            *gate_and_up(biases, gated),
             hidden,
             preact,
             scales,
-            M,
-            N,
-            K,
-            operands.x.stride(0),
-            operands.gate.stride(0),
-            operands.up.stride(0),
-            N,
-            0 if preact is None else preact.stride(0),
-            0 if scales is None else scales.stride(0),
-            KIND=kind,
-            GATED=gated,
-            STORE_HIDDEN=need_hidden,
-            STORE_PREACT=preact is not None,
-            FP8=fp8,
-            TILE_N=TILE,
-            LARGEST_FP8=LARGEST,
-            SPLIT=1 if fp8 else config.split,  # a scale spans 128 columns
-            **operands.flags(config),
+            *plan.numbers,
+            **plan.flags,
         )
     return hidden
-
-
-def _check_preact(
-    preact: Tensor, scales: Tensor | None, rows: int, width: int, count: int, like: Tensor
-) -> None:
-    """Raise unless preact (in eight bits if there are scales) has the place it needs."""
-    if scales is not None:
-        check_eight_bits(preact, scales, rows, width, count, like)
-    else:
-        check_matrix("preact", preact, (rows, width), like)
-        if preact.dtype != like.dtype:
-            raise TypeError(f"preact is {preact.dtype}, expected {like.dtype}")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -24,14 +27,82 @@ SAME_BITS = {"enable_fp_fusion": False}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_matrix(name: str, x: Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
+class Layout(NamedTuple):
+    """All of a tensor that a launch is planned by, and checked.
+
+    Attributes:
+        shape: its sizes.
+        strides: in elements.
+        dtype: of its elements.
+        device: where it is.
+        offset: bytes from the last multiple of 16 to its first element.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    offset: int
+
+
+_new = tuple.__new__  # past the checks of `Layout(...)`: this runs for each tensor of each launch
+
+
+def layout(x: Tensor) -> Layout:
+    """The layout of a tensor."""
+    return _new(Layout, (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16))
+
+
+def layouts(*tensors: Tensor | None) -> tuple[Layout | None, ...]:
+    """The layouts of several; None of None."""
+    return tuple([None if x is None else layout(x) for x in tensors])
+
+
+Planned = TypeVar("Planned")
+_FORGET: list[Callable[[], None]] = []
+
+
+def planned(function: Callable[..., Planned]) -> Callable[..., Planned]:
+    """Remember what a function of layouts gave.
+
+    A training step launches the same kernels on the same layouts again and again. What follows
+    from those (that they fit, tile sizes, grids, strides) is found once; errors are not remembered.
+    """
+    remembered = functools.lru_cache(maxsize=4096)(function)
+    _FORGET.append(remembered.cache_clear)
+    return remembered
+
+
+def forget_plans() -> None:
+    """Plan anew from now on: tile sizes have changed."""
+    for clear in _FORGET:
+        clear()
+
+
+class Plan(NamedTuple):
+    """How a kernel is launched.
+
+    Attributes:
+        grid: programs.
+        blocks: for each operand that is loaded in tiles, how it is described; None: by a pointer.
+        numbers: sizes, strides and other numbers, in the kernel's order.
+        flags: constexprs, and the compiler's options.
+    """
+
+    grid: tuple[int, ...]
+    blocks: tuple[Described | None, ...]
+    numbers: tuple[Any, ...]
+    flags: dict[str, Any]
+
+
+def check_matrix(name: str, x: Layout, shape: tuple[int, int], like: Layout) -> Layout:
     """Raise unless a kernel can read x.
 
     Args:
         name: what the tensor is called.
-        x: the tensor.
+        x: its layout.
         shape: `(rows, columns)` it should have.
-        like: a tensor on the device it should be on.
+        like: of a tensor on the device it should be on.
 
     Returns:
         x.
@@ -40,22 +111,22 @@ def check_matrix(name: str, x: Tensor, shape: tuple[int, int], like: Tensor) -> 
         TypeError: for a dtype no kernel takes.
         ValueError: for another shape or device, or columns that are not next to each other.
     """
-    if (
-        x.shape == shape
-        and x.dtype in DTYPES
-        and x.device == like.device
-        and (x.stride(1) == 1 or shape[1] == 1)
-    ):
-        return x
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} is {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
-    if tuple(x.shape) != shape:
+    if x.shape != shape:
         raise ValueError(f"{name} has the shape {list(x.shape)}, expected {list(shape)}")
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device}, expected {like.device}")
-    raise ValueError(
-        f"{name} has the strides {x.stride()}, expected a last one of 1: make it contiguous"
-    )
+    if x.strides[1] != 1 and shape[1] != 1:
+        raise ValueError(
+            f"{name} has the strides {x.strides}, expected a last one of 1: make it contiguous"
+        )
+    return x
+
+
+def stride(x: Layout | None) -> int:
+    """From row to row; 0 where there is nothing."""
+    return 0 if x is None else x.strides[0]
 
 
 def readable(x: Tensor) -> Tensor:
@@ -84,32 +155,44 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+_HERE: AbstractContextManager[None] = contextlib.nullcontext()
+
+
 def on_device(x: Tensor) -> AbstractContextManager[None]:
     """Launch where x is: Triton itself launches on the current device."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+    return _HERE
 
 
-def describable(x: Tensor) -> bool:
+def describable(x: Layout) -> bool:
     """Whether a tensor descriptor can describe x: last stride 1, the rest multiples of 16 bytes and
     not 0, and something in it."""
-    *strides, last = x.stride()
-    if last != 1 or x.data_ptr() % 16 or not x.numel():
+    *strides, last = x.strides
+    if last != 1 or x.offset or not math.prod(x.shape):
         return False
-    size = x.element_size()
-    return not any(stride <= 0 or stride * size % 16 for stride in strides)
+    return not any(stride <= 0 or stride * x.dtype.itemsize % 16 for stride in strides)
 
 
-def descriptor(x: Tensor, *block: int) -> TensorDescriptor:
-    """A descriptor of an x that is `describable`; it loads blocks of that shape.
+#: The fields of a descriptor, but for the tensor.
+Described = dict[str, Any]
+
+
+def described(x: Layout, *block: int) -> Described:
+    """A `describable` x, to be loaded in blocks of that shape."""
+    sizes = {"shape": list(x.shape), "strides": list(x.strides), "block_shape": list(block)}
+    return {**DESCRIPTOR_DEFAULTS, **sizes}
+
+
+def operand(x: Tensor | None, how: Described | None) -> Tensor | TensorDescriptor | None:
+    """x as a kernel takes it: as a descriptor, or as it is.
 
     Made without Triton's own checks, which cost more than the rest of a launch.
     """
+    if how is None:
+        return x
     made = object.__new__(TensorDescriptor)
-    made.__dict__.update(DESCRIPTOR_DEFAULTS)
-    made.base, made.block_shape = x, list(block)
-    made.shape, made.strides = list(x.shape), list(x.stride())
+    made.__dict__ = {"base": x, **how}
     return made
 
 

@@ -16,6 +16,7 @@ Multiplications are not fused into additions: so every kernel gives y the same b
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -23,7 +24,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import MAX_WIDTH
-from .launch import DTYPES, SAME_BITS, TRITON_DTYPES, cdiv, check_matrix, on_device, processors
+from .launch import (
+    SAME_BITS,
+    TRITON_DTYPES,
+    Layout,
+    Plan,
+    cdiv,
+    check_matrix,
+    layouts,
+    on_device,
+    planned,
+    processors,
+    stride,
+)
 from .reference.norm import NormSpec
 
 
@@ -158,11 +171,12 @@ def norm_backward_kernel(
         tl.store(dbias_ptr + partial, tl.sum(acc_dbias, 0, keep_dims=True), mask=mask_n)
 
 
-def check_vector(name: str, x: Tensor, width: int, like: Tensor) -> None:
+def check_vector(name: str, x: Layout, width: int, like: Layout) -> None:
     """Raise unless a kernel can read x as a parameter: `[width]`, contiguous, on like's device."""
-    if x.shape != (width,) or x.stride(0) != 1 or x.dtype not in DTYPES or x.device != like.device:
-        check_matrix(name, x.unsqueeze(0), (1, width), like)
-        raise ValueError(f"{name} has the stride {x.stride(0)}, expected 1: make it contiguous")
+    row = x._replace(shape=(1, *x.shape), strides=(width, *x.strides))
+    check_matrix(name, row, (1, width), like)
+    if x.strides[0] != 1:
+        raise ValueError(f"{name} has the stride {x.strides[0]}, expected 1: make it contiguous")
 
 
 @functools.cache
@@ -185,14 +199,18 @@ def resident_programs(device: torch.device, num_warps: int) -> int:
 
 
 def _check(
-    x: Tensor,
-    statistics: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    x: Layout,
+    statistics: Layout,
+    weight: Layout,
+    bias: Layout | None,
     spec: NormSpec,
-    matrices: dict[str, Tensor | None],
-) -> None:
-    """Raise unless the kernels can work with these; `matrices` are shaped as x."""
+    matrices: dict[str, Layout | None],
+) -> dict[str, Any]:
+    """Raise unless the kernels can work with these; `matrices` are shaped as x.
+
+    Returns:
+        The flags that both kernels share.
+    """
     rows, width = x.shape
     if not 1 <= width <= MAX_WIDTH:
         raise ValueError(f"x has rows of width {width}, expected 1 to {MAX_WIDTH}")
@@ -208,6 +226,38 @@ def _check(
     if statistics.dtype != torch.float32:
         raise TypeError(f"statistics is {statistics.dtype}, expected torch.float32")
     check_matrix("statistics", statistics, (spec.statistics, rows), x)
+    return {
+        "LAYERNORM": spec.kind == "layernorm",
+        "ROUND_FIRST": spec.round_first,
+        "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": matrices["residual"] is not None,
+        **SAME_BITS,
+        **_tiles(width),
+    }
+
+
+@planned
+def _forward_plan(
+    x: Layout,
+    statistics: Layout,
+    weight: Layout,
+    bias: Layout | None,
+    residual: Layout | None,
+    target: Layout,
+    spec: NormSpec,
+    dtype: torch.dtype,
+    known: bool,
+) -> Plan:
+    matrices = {"residual": residual, "out": target}
+    flags = _check(x, statistics, weight, bias, spec, matrices)
+    rows, width = x.shape
+    strides = (stride(x), stride(residual), stride(statistics), stride(target))
+    return Plan(
+        (cdiv(rows, flags["BLOCK_M"]),),
+        (),
+        (rows, width, *strides, spec.eps, spec.offset),
+        {**flags, "KNOWN": known, "Y_DTYPE": TRITON_DTYPES[dtype]},
+    )
 
 
 def _forward(
@@ -225,24 +275,17 @@ def _forward(
     if dtype not in TRITON_DTYPES:
         raise TypeError(f"dtype is {dtype}, expected one of {', '.join(map(str, TRITON_DTYPES))}")
     target = None if residual is None else out
-    _check(x, statistics, weight, bias, spec, {"residual": residual, "out": target})
     if target is None:
         wide = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
         target = torch.empty(x.shape, dtype=wide, device=x.device)
-    rows, width = x.shape
-    tiles = _tiles(width)
-    if rows:
+    plan = _forward_plan(
+        *layouts(x, statistics, weight, bias, residual, target), spec, dtype, known
+    )
+    if plan.grid[0]:
         with on_device(x):
-            norm_forward_kernel[(cdiv(rows, tiles["BLOCK_M"]),)](
-                x, weight, bias, residual, statistics, target,
-                rows, width,
-                x.stride(0), 0 if residual is None else residual.stride(0),
-                statistics.stride(0), target.stride(0),
-                spec.eps, spec.offset,
-                LAYERNORM=spec.kind == "layernorm", KNOWN=known, ROUND_FIRST=spec.round_first,
-                HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-                Y_DTYPE=TRITON_DTYPES[dtype], **SAME_BITS, **tiles,
-            )  # fmt: skip
+            norm_forward_kernel[plan.grid](
+                x, weight, bias, residual, statistics, target, *plan.numbers, **plan.flags
+            )
     return target
 
 
@@ -314,6 +357,39 @@ def norm_apply(
     return _forward(x, weight, bias, spec, statistics, dtype, residual, out, known=True)
 
 
+@planned
+def _backward_plan(
+    dy: Layout,
+    x: Layout,
+    statistics: Layout,
+    weight: Layout,
+    bias: Layout | None,
+    residual: Layout | None,
+    dx: Layout | None,
+    normed: Layout | None,
+    spec: NormSpec,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> Plan:
+    matrices = {"dy": dy, "residual": residual, "dx": dx, "normed": normed}
+    flags = _check(x, statistics, weight, bias, spec, matrices)
+    rows, width = x.shape
+    blocks = cdiv(rows, flags["BLOCK_M"])
+    strides = map(stride, (dy, x, statistics, residual, dx, normed))
+    return Plan(
+        (min(blocks, resident_programs(x.device, flags["num_warps"])),),
+        (),
+        (rows, width, *strides, spec.offset),
+        {
+            **flags,
+            "NEED_DX": dx is not None,
+            "NEED_NORMED": normed is not None,
+            "NEED_DWEIGHT": need_dweight,
+            "NEED_DBIAS": need_dbias,
+        },
+    )
+
+
 def norm_backward(
     dy: Tensor,
     x: Tensor,
@@ -352,31 +428,22 @@ def norm_backward(
         TypeError: for a dtype no kernel takes.
         ValueError: for a shape, device or stride that is not as above.
     """
-    matrices = {"dy": dy, "residual": residual, "dx": dx, "normed": normed}
-    _check(x, statistics, weight, bias, spec, matrices)
+    plan = _backward_plan(
+        *layouts(dy, x, statistics, weight, bias, residual, dx, normed),
+        spec, need_dweight, need_dbias,
+    )  # fmt: skip
     if dx is None and normed is None and not (need_dweight or need_dbias):
         return None, None
-    rows, width = x.shape
-    tiles = _tiles(width)
-    blocks = cdiv(rows, tiles["BLOCK_M"])
-    programs = min(blocks, resident_programs(x.device, tiles["num_warps"]))
+    [programs] = plan.grid
     partials = [
-        torch.empty(programs, width, dtype=torch.float32, device=x.device) if need else None
+        torch.empty(programs, x.shape[1], dtype=torch.float32, device=x.device) if need else None
         for need in (need_dweight, need_dbias)
     ]
     if programs:
         with on_device(x):
-            norm_backward_kernel[(programs,)](
+            norm_backward_kernel[plan.grid](
                 dy, x, statistics, weight, bias, residual, dx, normed, *partials,
-                rows, width,
-                dy.stride(0), x.stride(0), statistics.stride(0),
-                *(0 if t is None else t.stride(0) for t in (residual, dx, normed)),
-                spec.offset,
-                LAYERNORM=spec.kind == "layernorm", ROUND_FIRST=spec.round_first,
-                HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-                NEED_DX=dx is not None, NEED_NORMED=normed is not None,
-                NEED_DWEIGHT=need_dweight, NEED_DBIAS=need_dbias,
-                **SAME_BITS, **tiles,
+                *plan.numbers, **plan.flags,
             )  # fmt: skip
     dweight, dbias = (None if partial is None else partial.sum(0) for partial in partials)
     return dweight, dbias

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .attention_delta import check_delta, delta_part, head_tiles
 from .dispatch import MAX_WIDTH
-from .launch import SAME_BITS, cdiv, check_matrix, on_device
+from .launch import SAME_BITS, cdiv, check_matrix, layout, on_device
 from .norm import check_vector, resident_programs, scaled
 from .reference.qk_rope import QKSpec
 
@@ -336,7 +336,7 @@ def _check(
     rows = like.shape[0]
     for name, matrix in matrices.items():
         if matrix is not None:
-            check_matrix(name, matrix, (rows, spec.q_size + spec.kv_size), like)
+            check_matrix(name, layout(matrix), (rows, spec.q_size + spec.kv_size), layout(like))
     if (cos is None) != (sin is None):
         raise ValueError("cos or sin is None, expected both or neither")
     if (weights[0] is None) != (weights[1] is None):
@@ -344,8 +344,8 @@ def _check(
     rotary_dim = 0
     if cos is not None and sin is not None:
         rotary_dim = cos.shape[-1]
-        check_matrix("cos", cos, (rows, rotary_dim), like)
-        check_matrix("sin", sin, (rows, rotary_dim), like)
+        check_matrix("cos", layout(cos), (rows, rotary_dim), layout(like))
+        check_matrix("sin", layout(sin), (rows, rotary_dim), layout(like))
     constants = _constants(spec, rotary_dim)
     for name, weight, size in zip(
         ("q_weight", "k_weight"), weights, (spec.q_size, spec.kv_size), strict=True
@@ -353,7 +353,8 @@ def _check(
         if weight is not None:
             if spec.qk_norm is None:
                 raise ValueError(f"{name} is given, expected None where spec.qk_norm is None")
-            check_vector(name, weight, size if spec.qk_norm == "full" else spec.head_dim, like)
+            width = size if spec.qk_norm == "full" else spec.head_dim
+            check_vector(name, layout(weight), width, layout(like))
     return constants
 
 

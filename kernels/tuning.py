@@ -23,6 +23,7 @@ import torch
 import triton
 
 from .configs import CONFIGS, Config, architecture, choose, fits, table_of
+from .launch import Layout, forget_plans, planned
 
 #: Goes up when old records would mean something else: kernels or their arguments changed.
 FORMAT = 1
@@ -116,7 +117,7 @@ def _records(path: Path) -> dict[str, Any]:
         return {}
 
 
-@functools.cache
+@planned
 def tuning(shape: Shape, device: torch.device) -> Tuning:
     """What was measured, or the defaults."""
     record = _records(cache_file()).get(shape.key(device))
@@ -151,11 +152,11 @@ def save(shape: Shape, device: torch.device, best: Tuning) -> Path:
 
 def forget() -> None:
     """Read the file again at the next call."""
-    for cached in (_records, tuning, _config_for):
-        cached.cache_clear()
+    _records.cache_clear()
+    forget_plans()
 
 
-@functools.cache
+@planned
 def _config_for(
     kernel: str, shape: Shape, device: torch.device, block_n: int | None, aligned: bool
 ) -> Config:
@@ -173,7 +174,7 @@ def _config_for(
 
 def config_for(
     kernel: str,
-    x: torch.Tensor,
+    x: torch.Tensor | Layout,
     f: int,
     gated: bool,
     block_n: int | None = None,
@@ -195,6 +196,6 @@ def config_for(
     return _config_for(kernel, Shape(x.shape[1], f, gated, x.dtype), x.device, block_n, aligned)
 
 
-def strategy_for(x: torch.Tensor, f: int, gated: bool) -> str:
+def strategy_for(x: torch.Tensor | Layout, f: int, gated: bool) -> str:
     """How a pre-activation is rebuilt: `"split"` or `"fused"`. Arguments as `config_for`."""
     return tuning(Shape(x.shape[1], f, gated, x.dtype), x.device).strategy

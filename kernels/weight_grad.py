@@ -18,14 +18,26 @@ from torch import Tensor
 
 from . import reference
 from .configs import Config, architecture, choose, uses_descriptors
-from .launch import cdiv, check_matrix, describable, descriptor, dot_precision, on_device, readable
+from .launch import (
+    Layout,
+    Plan,
+    cdiv,
+    check_matrix,
+    describable,
+    described,
+    dot_precision,
+    layout,
+    on_device,
+    operand,
+    planned,
+    readable,
+    stride,
+)
 from .tiles import halves, load_tile, tile_of
 
 
 @triton.jit
-def _add_part(
-    value, out, offs_n, offs_k, N, K, stride_on, ACCUMULATE: tl.constexpr
-):
+def _add_part(value, out, offs_n, offs_k, N, K, stride_on, ACCUMULATE: tl.constexpr):
     """Write some columns of a tile, or add them to what is there."""
     pointers = out + offs_n.to(tl.int64)[:, None] * stride_on + offs_k[None, :]
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
@@ -97,6 +109,41 @@ def accumulate_outer(total: Tensor | None, dy: Tensor, x: Tensor) -> Tensor:
     return weight_grad(total, dy, x)
 
 
+@planned
+def _plan(dy: Layout, x: Layout, total: Layout, accumulate: bool, config: Config | None) -> Plan:
+    (M, N), K = dy.shape, x.shape[1]
+    check_matrix("dy", dy, (M, N), x)
+    check_matrix("x", x, (M, K), x)
+    if dy.dtype != x.dtype:
+        raise TypeError(f"dy is {dy.dtype}, expected the dtype of x ({x.dtype})")
+    check_matrix("total", total, (N, K), x)
+    if total.dtype != torch.float32:
+        raise TypeError(f"total is {total.dtype}, expected torch.float32")
+    aligned = describable(dy) and describable(x)
+    desc = uses_descriptors(x) and aligned
+    if config is None:
+        config = choose("weight_grad", architecture(x.device), x.dtype.itemsize, aligned=aligned)
+    m, n, k = config.block_m, config.block_n, config.block_k
+    flags = {
+        "ACCUMULATE": accumulate,
+        "PRECISION": dot_precision(x.dtype),
+        "DESC": desc,
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_K": k,
+        "GROUP_M": config.group_m,
+        "SPLIT": config.split,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return Plan(
+        (cdiv(N, m) * cdiv(K, n),),
+        (described(dy, k, m), described(x, k, n)) if desc else (None, None),
+        (M, N, K, stride(dy), stride(x), stride(total)),
+        flags,
+    )
+
+
 def weight_grad(
     total: Tensor | None, dy: Tensor, x: Tensor, config: Config | None = None
 ) -> Tensor:
@@ -109,43 +156,13 @@ def weight_grad(
         config: tile sizes; None for the table's.
     """
     dy, x = readable(dy), readable(x)
-    (M, N), K = dy.shape, x.shape[1]
-    check_matrix("dy", dy, (M, N), x)
-    check_matrix("x", x, (M, K), x)
-    if dy.dtype != x.dtype:
-        raise TypeError(f"dy is {dy.dtype}, expected the dtype of x ({x.dtype})")
     accumulate = total is not None
     if total is None:
-        total = x.new_empty(N, K, dtype=torch.float32)
-    check_matrix("total", total, (N, K), x)
-    if total.dtype != torch.float32:
-        raise TypeError(f"total is {total.dtype}, expected torch.float32")
-    aligned = describable(dy) and describable(x)
-    desc = uses_descriptors(x) and aligned
-    if config is None:
-        config = choose("weight_grad", architecture(x.device), x.element_size(), aligned=aligned)
-    grid = (cdiv(N, config.block_m) * cdiv(K, config.block_n),)
-    m, n, k = config.block_m, config.block_n, config.block_k
+        total = x.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)
+    plan = _plan(layout(dy), layout(x), layout(total), accumulate, config)
+    dy_block, x_block = plan.blocks
     with on_device(x):
-        weight_grad_kernel[grid](
-            descriptor(dy, k, m) if desc else dy,
-            descriptor(x, k, n) if desc else x,
-            total,
-            M,
-            N,
-            K,
-            dy.stride(0),
-            x.stride(0),
-            total.stride(0),
-            ACCUMULATE=accumulate,
-            PRECISION=dot_precision(x.dtype),
-            DESC=desc,
-            BLOCK_M=m,
-            BLOCK_N=n,
-            BLOCK_K=k,
-            GROUP_M=config.group_m,
-            SPLIT=config.split,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+        weight_grad_kernel[plan.grid](
+            operand(dy, dy_block), operand(x, x_block), total, *plan.numbers, **plan.flags
         )
     return total

@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     subjects = bench.add_subparsers(title="what to measure", required=True, metavar="WHAT")
     _add_bench_block(subjects)
     _add_bench_ffn(subjects)
+    _add_bench_overhead(subjects)
     _add_bench_static(subjects)
     _add_tune(commands)
     return parser
@@ -166,6 +167,26 @@ def _bench_ffn(args: argparse.Namespace) -> int:
     names = {"provider": "providers"}
     setup = {names.get(name, name): value for name, value in options.items() if value is not None}
     return ffn.run(ffn_results.Setup(**setup), **outputs)
+
+
+def _add_bench_overhead(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subjects.add_parser(
+        "overhead",
+        help="what Python takes to launch a pass",
+        description="Forward and backward of both halves and of a block, with kernels and GEMMs "
+        "that do nothing: microseconds of the host.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--repeats", type=int, default=2000, help="passes of each kind")
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table there")
+    parser.set_defaults(run=_bench_overhead)
+
+
+def _bench_overhead(args: argparse.Namespace) -> int:
+    from backfuse.bench import overhead
+
+    return overhead.run(**{name: value for name, value in vars(args).items() if name != "run"})
 
 
 def _add_bench_static(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
