@@ -277,7 +277,7 @@ def prepare(
     compute_dtype = _autocast_dtype(x) or x.dtype
     width = max(spec.hidden_size, spec.q_size)
     device = x.device
-    head_dim = spec.head_dim if attention else 0
+    head_dim = max(spec.head_dim, spec.v_head_dim) if attention else 0
     ops = operations(impl, device, compute_dtype, width, head_dim, lossy)
     call = Call(
         spec=spec,
@@ -293,8 +293,9 @@ def prepare(
     )
     if impl == "sdpa" and attention:
         core = library_attention(
-            call.mask, compute_dtype, device, head_dim, call.seq_len, attention_mask
-        )
+            call.mask, compute_dtype, device, spec.head_dim, call.seq_len, attention_mask,
+            spec.v_head_dim, spec.attention_sinks,
+        )  # fmt: skip
         call = replace(call, core=core)
     return call, Inputs(cos, sin, attention_mask, cu_seqlens, seed)
 
