@@ -125,7 +125,10 @@ def qk_rope_cases(kernel: str, architecture: str) -> Iterator[Case]:
             for name, dtype in (("attn_out", "bf16"), ("dout", "bf16"), ("delta", "fp32")):
                 args.pointer(f"{name}_ptr", dtype)
             args.scalars("stride_outm stride_attn_outm stride_doutm stride_deltam stride_deltah")
-            args.constexprs |= {"HAS_DELTA": True, "ROUND_FIRST": True, "BLOCK_D": HEAD_DIM}
+            args.constexprs |= {
+                "HAS_DELTA": True, "ROUND_FIRST": True, "OUT_HEAD_DIM": HEAD_DIM,
+                "BLOCK_D": HEAD_DIM,
+            }  # fmt: skip
         yield _elementwise(kernel, architecture, variant, args, tile, options)
 
 
@@ -136,21 +139,37 @@ ATTENTION_VARIANTS: dict[str, tuple[str, ...]] = {
     "softcap": ("SOFTCAP",),
     "packed": ("VARLEN",),
     "dropout": ("DROPOUT",),
+    "sinks": ("HAS_SINKS",),
+    "cross": ("CROSS",),
+    "cross+packed": ("CROSS", "VARLEN"),
+    "192/128": (),
 }
+
+#: Variants that `choose` calls heavy.
+HEAVY = ("softcap", "packed", "dropout", "cross", "cross+packed")
+
+#: Channels of a head of q and k, and of v, in multi-head latent attention (DeepSeek V3).
+MLA_DIMS = 192, 128
 
 
 def _attention(kernel: str, architecture: str, variant: str, config: Config) -> Case:
-    """A case of an attention kernel, for heads as wide as the configuration's."""
+    """A case of an attention kernel, for heads as wide as the configuration's, but for MLA's."""
     args, dtype, desc = Arguments(), "bf16", architecture in DESCRIPTORS
     m, n, d = config.block_m, config.block_n, config.block_k
-    asked = ATTENTION_VARIANTS[variant]
-    tiles = {"q": m, "k": n, "v": n}
-    if kernel != "attention_forward":
-        tiles["dout"] = m
+    asked, head_dim, v_dim = ATTENTION_VARIANTS[variant], d, d
+    if variant == "192/128":
+        desc, (head_dim, v_dim) = False, MLA_DIMS
+    d_v = min(d, v_dim)
+    tiles = {"q": (m, d), "k": (n, d), "v": (n, d_v)}
+    if kernel == "attention_forward":
+        args.pointer("sinks", dtype, "HAS_SINKS" in asked)
+        args.constexprs["HAS_SINKS"] = "HAS_SINKS" in asked
+    else:
+        tiles["dout"] = (m, d_v)
         args.pointer("delta", "fp32")
         args.scalars("stride_dt stride_dh stride_eb stride_eh stride_et")
-    for name, rows in tiles.items():
-        args.matrix(name, dtype, desc, rows, d)
+    for name, block in tiles.items():
+        args.matrix(name, dtype, desc, *block)
     args.scalars("stride_qt stride_qh stride_kt stride_kh stride_vt stride_vh")
     args.scalars("stride_lb stride_lh stride_lt")
     for name in {"attention_forward": ("out",), "attention_dq": ("dq",)}.get(kernel, ("dk", "dv")):
@@ -161,12 +180,15 @@ def _attention(kernel: str, architecture: str, variant: str, config: Config) -> 
     args.pointer("seed", "i64", "DROPOUT" in asked)
     for name in ("cu_seqlens", "tile_sequence", "tile_block"):
         args.pointer(name, "i32", "VARLEN" in asked)
-    args.scalars("tokens heads group window threshold")
+    args.pointer("cu_seqlens_k", "i32", {"VARLEN", "CROSS"} <= set(asked))
+    args.scalars("tokens tokens_k heads group window threshold")
     args.scalars("scale softcap keep_scale", "fp32")
-    args.constexprs |= {flag: flag in asked for flag in ("WINDOW", "SOFTCAP", "VARLEN", "DROPOUT")}
+    flags = ("WINDOW", "SOFTCAP", "VARLEN", "CROSS", "DROPOUT")
+    args.constexprs |= {flag: flag in asked for flag in flags}
     args.constexprs |= {
         "CAUSAL": True, "SITE": 0, "DTYPE": dtype, "PRECISION": "tf32", "DESC": desc,
-        "HEAD_DIM": d, "BLOCK_D": d, "BLOCK_M": m, "BLOCK_N": n,
+        "HEAD_DIM": head_dim, "BLOCK_D": d, "V_DIM": v_dim, "BLOCK_DV": d_v,
+        "BLOCK_M": m, "BLOCK_N": n,
     }  # fmt: skip
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return Case(
@@ -178,13 +200,14 @@ def _attention(kernel: str, architecture: str, variant: str, config: Config) -> 
 def attention_cases(kernel: str, architecture: str) -> Iterator[Case]:
     configs = attention_configs.CONFIGS[kernel][architecture]
     default = attention_configs.choose(kernel, architecture, 2, HEAD_DIM)
-    heavy = attention_configs.choose(kernel, architecture, 2, HEAD_DIM, heavy=True)
     for config in (default, *(config for config in configs if config != default)):
         yield _attention(kernel, architecture, "main", config)
     for variant in ATTENTION_VARIANTS:
-        if variant != "main":
-            chosen = default if variant == "window" else heavy
-            yield _attention(kernel, architecture, variant, chosen)
+        if variant == "main" or (variant == "sinks" and kernel != "attention_forward"):
+            continue
+        width = 256 if variant == "192/128" else HEAD_DIM
+        config = attention_configs.choose(kernel, architecture, 2, width, variant in HEAVY)
+        yield _attention(kernel, architecture, variant, config)
 
 
 def norm_prologue_case(architecture: str) -> Iterator[Case]:

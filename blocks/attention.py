@@ -63,6 +63,7 @@ class AttentionHalf:
         self.branch = Branch(call, weights, "attn", inputs.seed, kept)
         self.rotates = spec.rope is not None or spec.qk_norm is not None
         self.qk_norms = [weights.get(f"self_attn.{name}_norm.weight") for name in "qk"]
+        self.sinks = weights.get("self_attn.sinks")
         self._heads: Heads | None = None
 
     def _normed(self, rows: slice) -> Tensor:
@@ -71,15 +72,15 @@ class AttentionHalf:
         return x.to(self.call.compute_dtype) if self.norm is None else self.norm.apply(x, rows)
 
     def heads(self, delta: tuple[Tensor, Tensor, Tensor] | None = None) -> Heads:
-        """q, k and v as the attention core takes them: `[batch, seq_len, heads, head_dim]`.
+        """q, k and v as the attention core takes them: `[batch, seq_len, heads, (v_)head_dim]`.
 
         A kept `qkv` is never written: q and k are then rotated into scratch. A `qkv` that is not
         kept is this pass's own scratch, and is rotated where it stands, unless qk-norm's
         backward will want it as it was.
 
         Args:
-            delta: `(attn_out, dout, delta)`: `[tokens, q]` twice, and `[tokens, heads]`, which is
-                written with rowsum(O o dO) in the same pass.
+            delta: `(attn_out, dout, delta)`: both as `attn_out()` is, and `[tokens, heads]`, which
+                is written with rowsum(O o dO) in the same pass.
         """
         call, spec, ops = self.call, self.spec, self.call.ops
         if self._heads is not None or not self.rotates:
@@ -121,11 +122,13 @@ class AttentionHalf:
         if self.norm is not None and self.norm.statistics is not None:
             self.values["attn_norm_stats"] = self.norm.statistics
         q, k = qk.split([spec.q_size, spec.kv_size], -1)
-        self._heads = self._split(q), self._split(k), self._split(qkv[:, qk_size:])
+        v = qkv[:, qk_size:]
+        head_dim, v_head_dim = spec.head_dim, spec.v_head_dim
+        self._heads = self._split(q, head_dim), self._split(k, head_dim), self._split(v, v_head_dim)
         return self._heads
 
-    def _split(self, x: Tensor) -> Tensor:
-        return rearrange(x, "(b t) (n d) -> b t n d", b=self.call.batch_size, d=self.spec.head_dim)
+    def _split(self, x: Tensor, head_dim: int) -> Tensor:
+        return rearrange(x, "(b t) (n d) -> b t n d", b=self.call.batch_size, d=head_dim)
 
     def _angles(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """cos and sin, one row a token: `[tokens, rotary_dim]`; None without RoPE."""
@@ -158,11 +161,12 @@ class AttentionHalf:
         return cos.unsqueeze(0), sin.unsqueeze(0)
 
     def attn_out(self) -> Tensor:
-        """The attention's output, `[tokens, q]`; its LSE lands beside it."""
+        """The attention's output, `[tokens, heads * v_head_dim]`; its LSE lands beside it."""
         if "attn_out" not in self.values:
             out, lse = self.call.core.attention_forward(
                 *self.heads(),
                 self.call.mask,
+                sinks=self.sinks,
                 bias=self.inputs.attention_mask,
                 cu_seqlens=self.inputs.cu_seqlens,
                 seed=self.inputs.seed,
@@ -207,7 +211,7 @@ class AttentionHalf:
         call, spec = self.call, self.spec
         tokens = dmid.shape[0]
         attn_out = self.attn_out() if needs.inner or needs.out else None
-        dout = dmid.new_empty(tokens, spec.q_size, dtype=call.compute_dtype)
+        dout = dmid.new_empty(tokens, spec.attn_out_size, dtype=call.compute_dtype)
         for rows in call.chunks():
             projected = self.projected()[rows] if spec.post_norm else None
             dy = self.branch.backward(dmid[rows], projected, rows, needs, grads)
@@ -222,28 +226,32 @@ class AttentionHalf:
         delta = self._new_delta(dout)
         heads = self.heads(None if delta is None else (attn_out, dout, delta))
         by_head = "(b t) n -> b n t"  # as LSE has it
-        dheads = call.core.attention_backward(
-            self._split(dout),
+        *dheads, dsinks = call.core.attention_backward(
+            self._split(dout, spec.v_head_dim),
             *heads,
-            self._split(attn_out),
+            self._split(attn_out, spec.v_head_dim),
             self.values["lse"],
             call.mask,
             delta=None if delta is None else rearrange(delta, by_head, b=call.batch_size),
+            sinks=self.sinks,
             bias=self.inputs.attention_mask,
             cu_seqlens=self.inputs.cu_seqlens,
             seed=self.inputs.seed,
+            need_dsinks="self_attn.sinks" in grads.wanted,
         )
+        grads.add("self_attn.sinks", dsinks)
         del dout, heads
         self._heads = None  # roped q and k are not read again
-        return self._backward_qkv(dmid, dheads, needs, grads)
+        return self._backward_qkv(dmid, (dheads[0], dheads[1], dheads[2]), needs, grads)
 
     def _new_delta(self, dout: Tensor) -> Tensor | None:
         """Room for delta, `[tokens, heads]`; None where the attention core makes its own."""
         call, spec = self.call, self.spec
         bias = self.inputs.attention_mask
         if not call.core.needs_delta(
-            call.mask, dout.dtype, dout.device, spec.head_dim, call.seq_len, bias
-        ):
+            call.mask, dout.dtype, dout.device, spec.head_dim, call.seq_len, bias,
+            spec.v_head_dim, spec.attention_sinks,
+        ):  # fmt: skip
             return None
         return dout.new_empty(
             len(dout), spec.num_attention_heads, dtype=accumulate_dtype(dout.dtype)

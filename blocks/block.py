@@ -100,6 +100,9 @@ class TransformerBlock(nn.Module):
             if parent and parent not in self._modules:
                 self.add_module(parent, nn.Module())
             self.get_submodule(parent).add_module(name, module)
+        if spec.attention_sinks:
+            sinks = torch.empty(spec.num_attention_heads, device=device, dtype=dtype)
+            self.get_submodule("self_attn").register_parameter("sinks", nn.Parameter(sinks))
         self._names = tuple(spec.parameters())
         self.reset_parameters()
 
@@ -120,7 +123,7 @@ class TransformerBlock(nn.Module):
         self._policy = policy
 
     def reset_parameters(self) -> None:
-        """Projections from N(0, 0.02), biases 0, norms the identity."""
+        """Projections and sinks from N(0, 0.02), biases 0, norms the identity."""
         for module in self.modules():
             if isinstance(module, Norm):
                 module.reset_parameters()
@@ -128,6 +131,8 @@ class TransformerBlock(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.spec.attention_sinks:
+            nn.init.normal_(self.get_parameter("self_attn.sinks"), std=0.02)
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name, in the spec's order.
@@ -140,6 +145,8 @@ class TransformerBlock(nn.Module):
         for name in self._names:
             path = name.rpartition(".")[0]
             module = self.get_submodule(path)
+            if path == "self_attn":  # the sinks', which are no module's of their own
+                continue
             if type(module) not in (nn.Linear, Norm):
                 raise TypeError(
                     f"{path} is a {type(module).__name__}, expected a plain torch.nn.Linear or the "

@@ -137,7 +137,7 @@ def block_flops(
     wanted = wanted_set(spec, requires_grad)
     tokens = batch_size * seq_len
     qkv = 2 * tokens * spec.hidden_size * spec.qkv_size
-    out = 2 * tokens * spec.hidden_size * spec.q_size
+    out = 2 * tokens * spec.hidden_size * spec.attn_out_size
     up = 2 * tokens * spec.hidden_size * spec.preact_size
     down = 2 * tokens * spec.hidden_size * spec.intermediate_size
     mask = AttentionMask(
@@ -147,11 +147,17 @@ def block_flops(
         dropout=spec.attention_dropout if training else 0.0,
     )
     bias = torch.empty(0) if masked else None
-    core = library_core(mask, dtype, where, spec.head_dim, seq_len, bias)
-    scores = batch_size * score_flops(
-        seq_len, list(lengths) if lengths else None, spec.q_size, mask, core is not None, masked
+    core = library_core(
+        mask, dtype, where, spec.head_dim, seq_len, bias, spec.v_head_dim, spec.attention_sinks
     )
-    forward = qkv + 2 * scores + out + up + down
+    scores, weighted = (  # Q K^T and P V
+        batch_size
+        * score_flops(
+            seq_len, list(lengths) if lengths else None, width, mask, core is not None, masked
+        )
+        for width in (spec.q_size, spec.attn_out_size)
+    )
+    forward = qkv + scores + weighted + out + up + down
 
     attn = half_needs(spec, "attn", wanted, INPUT in wanted)
     ffn = half_needs(spec, "ffn", wanted, attn.anything)
@@ -159,14 +165,14 @@ def block_flops(
     if ffn.inner:
         backward += down + (up if ffn.input or ffn.norm else 0)
     if attn.inner:
-        backward += out + 5 * scores + (qkv if attn.input or attn.norm else 0)
+        backward += out + 3 * scores + 2 * weighted + (qkv if attn.input or attn.norm else 0)
     for name, shape in spec.parameters().items():
         if name in wanted and len(shape) == 2:
             backward += 2 * tokens * shape[0] * shape[1]
 
     costs = {
         "qkv": qkv,
-        "attn_out": 2 * scores,
+        "attn_out": scores + weighted,
         "mid": out,
         "attn_branch": out,
         "preact": up,

@@ -248,7 +248,7 @@ def _call(
 ) -> Call:
     """The call, the same one for the same question."""
     width = max(spec.hidden_size, spec.q_size)
-    head_dim = spec.head_dim if attention else 0
+    head_dim = max(spec.head_dim, spec.v_head_dim) if attention else 0
     compute_dtype = autocast_dtype or dtype
     ops = operations(impl, device, compute_dtype, width, head_dim, lossy)
     return Call(
@@ -336,8 +336,9 @@ def prepare(
     )  # fmt: skip
     if impl == "sdpa" and attention:
         core = library_attention(
-            call.mask, call.compute_dtype, x.device, spec.head_dim, call.seq_len, attention_mask
-        )
+            call.mask, call.compute_dtype, x.device, spec.head_dim, call.seq_len, attention_mask,
+            spec.v_head_dim, spec.attention_sinks,
+        )  # fmt: skip
         call = replace(call, core=core)
     return call, Inputs(cos, sin, attention_mask, cu_seqlens, seed)
 

@@ -105,7 +105,7 @@ def kept_bytes(
     per_token = {
         "x": spec.hidden_size * dtype.itemsize,
         "qkv": spec.qkv_size * compute.itemsize,
-        "attn_out": spec.q_size * compute.itemsize,
+        "attn_out": spec.attn_out_size * compute.itemsize,
         "mid": spec.hidden_size * dtype.itemsize,
         "preact": spec.preact_size * (1 if parsed.preact == "fp8" else compute.itemsize),
         "preact_scales": spec.preact_scales * torch.float32.itemsize,

@@ -46,7 +46,7 @@ HIDDEN_ACTS = {
 #: Fields that are either on or off.
 FLAGS = (
     "norm_bias", "norm_round_first", "gated", "qkv_bias", "o_bias", "up_bias", "down_bias",
-    "causal", "stacked_qkv", "stacked_gate_up",
+    "causal", "attention_sinks", "stacked_qkv", "stacked_gate_up",
 )  # fmt: skip
 
 
@@ -72,6 +72,7 @@ class BlockSpec:
         num_attention_heads: query heads.
         num_key_value_heads: key and value heads, a divisor of the query heads; None: as many.
         head_dim: channels a head; None: `hidden_size / num_attention_heads`.
+        v_head_dim: channels a head of v and of the attention's output; None: `head_dim`.
         norm: `"rmsnorm"` or `"layernorm"`.
         norm_eps: added to the mean square or variance.
         norm_bias: whether norms have a bias; None: LayerNorm does, RMSNorm does not.
@@ -96,6 +97,8 @@ class BlockSpec:
         sliding_window: a token sees keys less than this far away; None: all.
         attn_logit_softcapping: scores become `cap * tanh(score / cap)`; None: they stay.
         attention_scale: factor on the scores; None: `head_dim ** -0.5`.
+        attention_sinks: whether each query head has a learnt logit that takes part in its softmax
+            and in nothing else (GPT-OSS): the parameter `self_attn.sinks`.
         attention_dropout: probability of dropping a softmax weight, in training.
         residual_dropout: probability of dropping an element of a half's output, in training.
         stacked_qkv: one `self_attn.qkv_proj` instead of three projections.
@@ -110,6 +113,7 @@ class BlockSpec:
     num_attention_heads: int
     num_key_value_heads: int = _UNSET
     head_dim: int = _UNSET
+    v_head_dim: int = _UNSET
     norm: Norm = "rmsnorm"
     norm_eps: float = 1e-6
     norm_bias: bool = _UNSET
@@ -130,6 +134,7 @@ class BlockSpec:
     sliding_window: int | None = None
     attn_logit_softcapping: float | None = None
     attention_scale: float = _UNSET
+    attention_sinks: bool = False
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     stacked_qkv: bool = False
@@ -137,7 +142,9 @@ class BlockSpec:
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_attention_heads")
-        optional = ("num_key_value_heads", "head_dim", "rotary_dim", "sliding_window")
+        optional = (
+            "num_key_value_heads", "head_dim", "v_head_dim", "rotary_dim", "sliding_window"
+        )  # fmt: skip
         for name in sizes + optional:
             value = getattr(self, name)
             if value is None and name in optional:
@@ -165,6 +172,8 @@ class BlockSpec:
                     f"num_attention_heads ({self.num_attention_heads}), or give head_dim"
                 )
             self._resolve("head_dim", self.hidden_size // self.num_attention_heads)
+        if self.v_head_dim is None:
+            self._resolve("v_head_dim", self.head_dim)
         if self.rotary_dim is None:
             if self.rope and self.head_dim % 2:
                 raise ValueError(
@@ -239,13 +248,23 @@ class BlockSpec:
 
     @cached_property
     def kv_size(self) -> int:
-        """Width of all key heads, and of all value heads."""
+        """Width of all key heads."""
         return self.num_key_value_heads * self.head_dim
+
+    @cached_property
+    def v_size(self) -> int:
+        """Width of all value heads."""
+        return self.num_key_value_heads * self.v_head_dim
 
     @cached_property
     def qkv_size(self) -> int:
         """Width of q, k and v side by side."""
-        return self.q_size + 2 * self.kv_size
+        return self.q_size + self.kv_size + self.v_size
+
+    @cached_property
+    def attn_out_size(self) -> int:
+        """Width of the attention's output."""
+        return self.num_attention_heads * self.v_head_dim
 
     @cached_property
     def preact_size(self) -> int:
@@ -284,8 +303,9 @@ class BlockSpec:
         """What is done to q and k before the attention: qk-norm is an RMSNorm in any family."""
         norm = replace(self.norm_spec, kind="rmsnorm")
         return QKSpec(
-            self.q_size, self.kv_size, self.head_dim, self.rope or "half", self.qk_norm, norm
-        )
+            self.q_size, self.kv_size, self.head_dim, self.rope or "half", self.qk_norm, norm,
+            self.v_head_dim,
+        )  # fmt: skip
 
     @cached_property
     def norm_names(self) -> dict[str, str]:
@@ -317,17 +337,22 @@ class BlockSpec:
     def _attention_parameters(self) -> dict[str, tuple[int, ...]]:
         h, q, kv = self.hidden_size, self.q_size, self.kv_size
         shapes = self._norm_shapes("attn")
-        outs = {"qkv": q + 2 * kv} if self.stacked_qkv else {"q": q, "k": kv, "v": kv}
+        if self.stacked_qkv:
+            outs = {"qkv": self.qkv_size}
+        else:
+            outs = {"q": q, "k": kv, "v": self.v_size}
         for name, out in outs.items():
             shapes[f"self_attn.{name}_proj.weight"] = (out, h)
             if self.qkv_bias:
                 shapes[f"self_attn.{name}_proj.bias"] = (out,)
-        shapes["self_attn.o_proj.weight"] = (h, q)
+        shapes["self_attn.o_proj.weight"] = (h, self.attn_out_size)
         if self.o_bias:
             shapes["self_attn.o_proj.bias"] = (h,)
         if self.qk_norm:
             shapes["self_attn.q_norm.weight"] = (self.head_dim if self.qk_norm == "head" else q,)
             shapes["self_attn.k_norm.weight"] = (self.head_dim if self.qk_norm == "head" else kv,)
+        if self.attention_sinks:
+            shapes["self_attn.sinks"] = (self.num_attention_heads,)
         return shapes
 
     def ffn_parameters(self) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,8 @@ dP^T are computed as such (`K Q^T`, `V dO^T`), so that no operand of a product i
 accumulator: that goes wrong on Hopper before Triton 3.7.1. P is computed twice for it, and in
 return every sum has one owner and one order.
 
-delta, the row sums of O o dO, comes from the pass that rotates q and k (`qk_rope.py`).
+delta, the row sums of O o dO, comes from the pass that rotates q and k (`qk_rope.py`). Sinks are in
+LSE, and change nothing here; their own gradient needs LSE and delta alone.
 """
 
 from __future__ import annotations
@@ -23,48 +24,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import (
+from .attention_configs import choose
+from .attention_launch import Launch, back_to_back, row_strides, rows_of
+from .attention_tiles import (
     LOG2E,
-    Launch,
+    block_of,
+    check_tiles,
     dropout_factor,
     keys_seen,
     load_rows,
-    rows_of,
+    queries_seeing,
     score,
-    sequence_of,
+    spans_of,
     visible,
 )
-from .attention_configs import choose
 from .configs import Config, architecture
 from .launch import on_device
-from .reference.explicit_attention import AttentionMask
-
-
-@triton.jit
-def queries_seeing(
-    col, length, window,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Queries that see some key of a block, and those that see all of it: `lo <= full_lo <= full_hi
-    <= hi`, all but `hi` multiples of BLOCK_M."""
-    lo, hi = 0, length
-    full_lo, full_hi = 0, length // BLOCK_M * BLOCK_M
-    last = tl.minimum(col + BLOCK_N, length)  # one past the last key
-    if CAUSAL:
-        lo = col // BLOCK_M * BLOCK_M
-        full_lo = tl.cdiv(last - 1, BLOCK_M) * BLOCK_M
-    if WINDOW:
-        hi = tl.minimum(length, last + window - 1)
-        full_hi = tl.minimum(length, col + window) // BLOCK_M * BLOCK_M
-        if not CAUSAL:
-            lo = tl.maximum(col - window + 1, 0) // BLOCK_M * BLOCK_M
-            full_lo = tl.cdiv(tl.maximum(last - window, 0), BLOCK_M) * BLOCK_M
-    end = tl.cdiv(hi, BLOCK_M) * BLOCK_M
-    if col + BLOCK_N > length:  # keys past the end: every block of queries needs the mask
-        full_lo = end
-    full_lo = tl.minimum(tl.maximum(full_lo, lo), end)
-    full_hi = tl.maximum(full_lo, tl.minimum(full_hi, hi // BLOCK_M * BLOCK_M))
-    return lo, full_lo, full_hi, hi
+from .reference.explicit_attention import AttentionMask, sink_gradient
 
 
 @triton.jit
@@ -88,31 +64,34 @@ def _row_lse(lse, rows, mask):
 
 @triton.jit
 def _dkdv_step(
-    dk, dv, k_tile, v_tile, q, dout, lse, delta, first, length, row, col, offs_n, head, batch,
+    dk, dv, k_tile, v_tile, q, dout, lse, delta, first, queries, keys, shift, row, col, offs_n,
+    head, batch,
     stride_qt, stride_qh, stride_dt, stride_dh, stride_lb, stride_lh, stride_lt,
     stride_eb, stride_eh, stride_et,
     scale, softcap, window, seed, slice_number, threshold, keep_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     SITE: tl.constexpr, VARLEN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    DESC: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    DESC: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries: adds to dK and dV."""
     offs_m = row + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < length
+    mask_m = offs_m < queries
     place = (first + offs_m).to(tl.int64) if VARLEN else offs_m.to(tl.int64)
     q_tile = load_rows(
-        q, first, row, length, head, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, DESC
+        q, first, row, queries, head, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, DESC
     )  # [BLOCK_M, BLOCK_D]
     dots = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     seen = mask_m[None, :]
     if MASKED:
-        seen = visible(offs_m[None, :], offs_n[:, None], length, window, CAUSAL, WINDOW)
+        seen = visible(
+            offs_m[None, :], offs_n[:, None], queries, keys, shift, window, CAUSAL, WINDOW
+        )
     row_lse = _row_lse(lse, batch * stride_lb + head * stride_lh + place * stride_lt, mask_m)
     weights, tanh = _probabilities(dots, row_lse[None, :], scale, softcap, seen, SOFTCAP, MASKED)
     do_tile = load_rows(
-        dout, first, row, length, head, stride_dt, stride_dh, BLOCK_M, BLOCK_D, HEAD_DIM, DESC
-    )  # [BLOCK_M, BLOCK_D]
+        dout, first, row, queries, head, stride_dt, stride_dh, BLOCK_M, BLOCK_DV, V_DIM, DESC
+    )  # [BLOCK_M, BLOCK_DV]
     dweights = tl.dot(v_tile, do_tile.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     dropped = weights
     if DROPOUT:
@@ -134,36 +113,38 @@ def _dkdv_step(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "tokens_k", "heads", "threshold"])
 def attention_dkdv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, cu_seqlens, tile_sequence, tile_block, seed,
-    tokens, heads, group,
+    q, k, v, dout, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, tile_sequence, tile_block, seed,
+    tokens, tokens_k, heads, group,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
     stride_lb, stride_lh, stride_lt, stride_eb, stride_eh, stride_et,
     stride_dkt, stride_dkh, stride_dvt, stride_dvh,
     scale, softcap, window, threshold, keep_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    SITE: tl.constexpr, VARLEN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    DESC: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SITE: tl.constexpr, VARLEN: tl.constexpr, CROSS: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, DESC: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys of one head, from all query heads of its group."""
+    check_tiles(BLOCK_N, HEAD_DIM, BLOCK_D, V_DIM, BLOCK_DV, DROPOUT, DESC)
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first, length, sequence, col = sequence_of(
-        tl.program_id(0), batch, tile_sequence, tile_block, cu_seqlens, tokens, BLOCK_N, VARLEN
+    sequence, col = block_of(tl.program_id(0), batch, tile_sequence, tile_block, BLOCK_N, VARLEN)
+    first, queries, first_k, keys, shift = spans_of(
+        sequence, batch, cu_seqlens, cu_seqlens_k, tokens, tokens_k, VARLEN, CROSS
     )
-    if length > 0:
+    if col >= 0 if VARLEN else keys > 0:  # a block that there is
         offs_n = col + tl.arange(0, BLOCK_N)
         k_tile = load_rows(
-            k, first, col, length, kv_head, stride_kt, stride_kh, BLOCK_N, BLOCK_D, HEAD_DIM, DESC
+            k, first_k, col, keys, kv_head, stride_kt, stride_kh, BLOCK_N, BLOCK_D, HEAD_DIM, DESC
         )
         v_tile = load_rows(
-            v, first, col, length, kv_head, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, DESC
+            v, first_k, col, keys, kv_head, stride_vt, stride_vh, BLOCK_N, BLOCK_DV, V_DIM, DESC
         )
         acc_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        acc_dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        acc_dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
         lo, full_lo, full_hi, hi = queries_seeing(
-            col, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW
+            col, queries, keys, shift, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, CROSS
         )
         left = (full_lo - lo) // BLOCK_M
         edges = left + tl.cdiv(hi - full_hi, BLOCK_M)
@@ -174,53 +155,59 @@ def attention_dkdv_kernel(
                     block < left, lo + block * BLOCK_M, full_hi + (block - left) * BLOCK_M
                 )
                 acc_dk, acc_dv = _dkdv_step(
-                    acc_dk, acc_dv, k_tile, v_tile, q, dout, lse, delta, first, length, row, col,
-                    offs_n, head, batch, stride_qt, stride_qh, stride_dt, stride_dh,
+                    acc_dk, acc_dv, k_tile, v_tile, q, dout, lse, delta, first, queries, keys,
+                    shift, row, col, offs_n, head, batch,
+                    stride_qt, stride_qh, stride_dt, stride_dh,
                     stride_lb, stride_lh, stride_lt, stride_eb, stride_eh, stride_et,
                     scale, softcap, window, seed, slice_number, threshold, keep_scale,
                     CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, VARLEN, True, PRECISION, DESC,
-                    HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                    HEAD_DIM, BLOCK_D, V_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             for row in range(full_lo, full_hi, BLOCK_M):
                 acc_dk, acc_dv = _dkdv_step(
-                    acc_dk, acc_dv, k_tile, v_tile, q, dout, lse, delta, first, length, row, col,
-                    offs_n, head, batch, stride_qt, stride_qh, stride_dt, stride_dh,
+                    acc_dk, acc_dv, k_tile, v_tile, q, dout, lse, delta, first, queries, keys,
+                    shift, row, col, offs_n, head, batch,
+                    stride_qt, stride_qh, stride_dt, stride_dh,
                     stride_lb, stride_lh, stride_lt, stride_eb, stride_eh, stride_et,
                     scale, softcap, window, seed, slice_number, threshold, keep_scale,
                     CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, VARLEN, False, PRECISION, DESC,
-                    HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                    HEAD_DIM, BLOCK_D, V_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
-        offs_d = tl.arange(0, BLOCK_D)[None, :]
-        tokens_n = (first + offs_n).to(tl.int64)[:, None]
-        mask = (offs_n < length)[:, None] & (offs_d < HEAD_DIM)
+        tokens_n = (first_k + offs_n).to(tl.int64)[:, None]
+        mask_n = (offs_n < keys)[:, None]
+        offs_d, offs_dv = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
         at_dk = dk + tokens_n * stride_dkt + kv_head * stride_dkh + offs_d
-        tl.store(at_dk, (acc_dk * scale).to(DTYPE), mask=mask)
-        at_dv = dv + tokens_n * stride_dvt + kv_head * stride_dvh + offs_d
-        tl.store(at_dv, acc_dv.to(DTYPE), mask=mask)
+        tl.store(at_dk, (acc_dk * scale).to(DTYPE), mask=mask_n & (offs_d < HEAD_DIM))
+        at_dv = dv + tokens_n * stride_dvt + kv_head * stride_dvh + offs_dv
+        tl.store(at_dv, acc_dv.to(DTYPE), mask=mask_n & (offs_dv < V_DIM))
 
 
 @triton.jit
 def _dq_step(
-    dq, q_tile, do_tile, row_lse, row_delta, k, v, first, length, row, col, offs_m, kv_head,
+    dq, q_tile, do_tile, row_lse, row_delta, k, v, first_k, queries, keys, shift, row, col, offs_m,
+    kv_head,
     stride_kt, stride_kh, stride_vt, stride_vh,
     scale, softcap, window, seed, slice_number, threshold, keep_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     SITE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, DESC: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: adds to dQ."""
     k_tile = load_rows(
-        k, first, col, length, kv_head, stride_kt, stride_kh, BLOCK_N, BLOCK_D, HEAD_DIM, DESC
+        k, first_k, col, keys, kv_head, stride_kt, stride_kh, BLOCK_N, BLOCK_D, HEAD_DIM, DESC
     )  # [BLOCK_N, BLOCK_D]
     dots = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     offs_n = col + tl.arange(0, BLOCK_N)
-    seen = (offs_n < length)[None, :]
+    seen = (offs_n < keys)[None, :]
     if MASKED:
-        seen = visible(offs_m[:, None], offs_n[None, :], length, window, CAUSAL, WINDOW)
+        seen = visible(
+            offs_m[:, None], offs_n[None, :], queries, keys, shift, window, CAUSAL, WINDOW
+        )
     weights, tanh = _probabilities(dots, row_lse[:, None], scale, softcap, seen, SOFTCAP, MASKED)
     v_tile = load_rows(
-        v, first, col, length, kv_head, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, DESC
-    )  # [BLOCK_N, BLOCK_D]
+        v, first_k, col, keys, kv_head, stride_vt, stride_vh, BLOCK_N, BLOCK_DV, V_DIM, DESC
+    )  # [BLOCK_N, BLOCK_DV]
     dweights = tl.dot(do_tile, v_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if DROPOUT:
         dweights *= dropout_factor(
@@ -234,34 +221,36 @@ def _dq_step(
     return tl.dot(dscores.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "tokens_k", "heads", "threshold"])
 def attention_dq_kernel(
-    q, k, v, dout, lse, delta, dq, cu_seqlens, tile_sequence, tile_block, seed,
-    tokens, heads, group,
+    q, k, v, dout, lse, delta, dq, cu_seqlens, cu_seqlens_k, tile_sequence, tile_block, seed,
+    tokens, tokens_k, heads, group,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
     stride_lb, stride_lh, stride_lt, stride_eb, stride_eh, stride_et, stride_dqt, stride_dqh,
     scale, softcap, window, threshold, keep_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    SITE: tl.constexpr, VARLEN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    DESC: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SITE: tl.constexpr, VARLEN: tl.constexpr, CROSS: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, DESC: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries of one head."""
+    check_tiles(BLOCK_N, HEAD_DIM, BLOCK_D, V_DIM, BLOCK_DV, DROPOUT, DESC)
     pid = tl.num_programs(0) - 1 - tl.program_id(0)  # the heavy ones first
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first, length, sequence, row = sequence_of(
-        pid, batch, tile_sequence, tile_block, cu_seqlens, tokens, BLOCK_M, VARLEN
+    sequence, row = block_of(pid, batch, tile_sequence, tile_block, BLOCK_M, VARLEN)
+    first, queries, first_k, keys, shift = spans_of(
+        sequence, batch, cu_seqlens, cu_seqlens_k, tokens, tokens_k, VARLEN, CROSS
     )
-    if length > 0:
+    if row >= 0 if VARLEN else queries > 0:  # a block that there is
         kv_head = head // group
         offs_m = row + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < length
+        mask_m = offs_m < queries
         place = (first + offs_m).to(tl.int64) if VARLEN else offs_m.to(tl.int64)
         q_tile = load_rows(
-            q, first, row, length, head, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, DESC
+            q, first, row, queries, head, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, DESC
         )
         do_tile = load_rows(
-            dout, first, row, length, head, stride_dt, stride_dh, BLOCK_M, BLOCK_D, HEAD_DIM, DESC
+            dout, first, row, queries, head, stride_dt, stride_dh, BLOCK_M, BLOCK_DV, V_DIM, DESC
         )
         row_lse = _row_lse(lse, batch * stride_lb + head * stride_lh + place * stride_lt, mask_m)
         row_delta = tl.load(
@@ -269,24 +258,26 @@ def attention_dq_kernel(
         )
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         slice_number = sequence * heads + head
-        lo, full_lo, full_hi, hi = keys_seen(row, length, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+        lo, full_lo, full_hi, hi = keys_seen(
+            row, queries, keys, shift, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, CROSS
+        )
         for col in range(full_lo, full_hi, BLOCK_N):
             acc = _dq_step(
-                acc, q_tile, do_tile, row_lse, row_delta, k, v, first, length, row, col, offs_m,
-                kv_head, stride_kt, stride_kh, stride_vt, stride_vh,
+                acc, q_tile, do_tile, row_lse, row_delta, k, v, first_k, queries, keys, shift,
+                row, col, offs_m, kv_head, stride_kt, stride_kh, stride_vt, stride_vh,
                 scale, softcap, window, seed, slice_number, threshold, keep_scale,
                 CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, False, PRECISION, DESC,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                HEAD_DIM, BLOCK_D, V_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         left = (full_lo - lo) // BLOCK_N
         for block in range(0, left + tl.cdiv(hi - full_hi, BLOCK_N)):
             col = tl.where(block < left, lo + block * BLOCK_N, full_hi + (block - left) * BLOCK_N)
             acc = _dq_step(
-                acc, q_tile, do_tile, row_lse, row_delta, k, v, first, length, row, col, offs_m,
-                kv_head, stride_kt, stride_kh, stride_vt, stride_vh,
+                acc, q_tile, do_tile, row_lse, row_delta, k, v, first_k, queries, keys, shift,
+                row, col, offs_m, kv_head, stride_kt, stride_kh, stride_vt, stride_vh,
                 scale, softcap, window, seed, slice_number, threshold, keep_scale,
                 CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, True, PRECISION, DESC,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                HEAD_DIM, BLOCK_D, V_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         offs_d = tl.arange(0, BLOCK_D)[None, :]
         at = dq + (first + offs_m).to(tl.int64)[:, None] * stride_dqt + head * stride_dqh + offs_d
@@ -302,12 +293,16 @@ def attention_backward(
     mask: AttentionMask,
     delta: Tensor,
     *,
+    sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     seed: Tensor | None = None,
+    need_dsinks: bool = True,
     dkdv_config: Config | None = None,
     dq_config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. As `reference.explicit_attention.explicit_backward`, without a bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and sinks. As `reference.explicit_attention.explicit_backward`, without
+    a bias.
 
     Args:
         delta: `[batch, heads, tokens]`, fp32, any strides.
@@ -318,14 +313,15 @@ def attention_backward(
         TypeError: for a dtype no kernel takes.
         ValueError: for shapes, strides or devices that do not fit.
     """
-    if dout.shape != q.shape or dout.dtype != q.dtype or dout.device != q.device:
+    shape = (*q.shape[:3], v.shape[-1])
+    if dout.shape != shape or dout.dtype != q.dtype or dout.device != q.device:
         raise ValueError(
             f"dout is {dout.dtype} {list(dout.shape)} on {dout.device}, expected {q.dtype} "
-            f"{list(q.shape)} on {q.device}"
+            f"{list(shape)} on {q.device}"
         )
-    if dout.stride(3) != 1 or dout.stride(0) != dout.shape[1] * dout.stride(1):
+    if dout.stride(3) != 1 or not back_to_back(dout):
         dout = dout.contiguous()
-    launch = Launch(q, k, v, mask, cu_seqlens, seed, others=(dout,))
+    launch = Launch(q, k, v, mask, sinks, cu_seqlens, cu_seqlens_k, seed, dout)
     shape = (launch.batch, launch.heads, launch.tokens)
     for name, rows in (("lse", lse), ("delta", delta)):
         if rows.dtype != torch.float32 or tuple(rows.shape) != shape or rows.device != q.device:
@@ -333,34 +329,34 @@ def attention_backward(
                 f"{name} is {rows.dtype} {list(rows.shape)} on {rows.device}, expected "
                 f"torch.float32 {list(shape)} on {q.device}"
             )
-    d, size = launch.block_d, q.element_size()
-    name = architecture(q.device)
-    keys = dkdv_config or choose("attention_dkdv", name, size, d, launch.heavy)
-    queries = dq_config or choose("attention_dq", name, size, d, launch.heavy)
+    name, size = architecture(q.device), q.element_size()
+    keys = dkdv_config or choose("attention_dkdv", name, size, launch.width, launch.heavy)
+    queries = dq_config or choose("attention_dq", name, size, launch.width, launch.heavy)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    strides = [s for x in (q, k, v, dout) for s in x.stride()[1:3]]
+    strides = [s for x in (q, k, v, dout) for s in row_strides(x)]
     strides += [*lse.stride(), *delta.stride()]
     with on_device(q):
-        grid, table = launch.grid(keys.block_n, launch.kv_heads)
+        grid, table = launch.key_grid(keys.block_n)
         attention_dkdv_kernel[grid](
             rows_of(q, keys.block_m, launch.desc), rows_of(k, keys.block_n, launch.desc),
             rows_of(v, keys.block_n, launch.desc), rows_of(dout, keys.block_m, launch.desc),
-            lse, delta, dk, dv, launch.cu_seqlens, *table, seed,
-            launch.tokens, launch.heads, launch.group,
-            *strides, *dk.stride()[1:3], *dv.stride()[1:3], *launch.numbers,
+            lse, delta, dk, dv, launch.cu_seqlens, launch.cu_seqlens_k, *table, seed,
+            *launch.sizes,
+            *strides, *row_strides(dk), *row_strides(dv), *launch.numbers,
             **launch.flags, BLOCK_M=keys.block_m, BLOCK_N=keys.block_n,
             num_warps=keys.num_warps, num_stages=keys.num_stages,
         )  # fmt: skip
-        grid, table = launch.grid(queries.block_m, launch.heads)
+        grid, table = launch.query_grid(queries.block_m)
         attention_dq_kernel[grid](
             rows_of(q, queries.block_m, launch.desc),
             rows_of(k, queries.block_n, launch.desc),
             rows_of(v, queries.block_n, launch.desc),
             rows_of(dout, queries.block_m, launch.desc),
-            lse, delta, dq, launch.cu_seqlens, *table, seed,
-            launch.tokens, launch.heads, launch.group,
-            *strides, *dq.stride()[1:3], *launch.numbers,
+            lse, delta, dq, launch.cu_seqlens, launch.cu_seqlens_k, *table, seed,
+            *launch.sizes,
+            *strides, *row_strides(dq), *launch.numbers,
             **launch.flags, BLOCK_M=queries.block_m, BLOCK_N=queries.block_n,
             num_warps=queries.num_warps, num_stages=queries.num_stages,
         )  # fmt: skip
-    return dq, dk, dv
+    dsinks = sink_gradient(sinks, lse, delta) if sinks is not None and need_dsinks else None
+    return dq, dk, dv, dsinks

@@ -5,6 +5,8 @@ Both keep the same, O and LSE, and both are deterministic: no atomics.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,8 @@ def needs_delta(
     head_dim: int,
     tokens: int,
     bias: Tensor | None,
+    v_head_dim: int | None = None,
+    sinks: bool = False,
 ) -> bool:
     """Always: see `reference.attention.needs_delta`."""
     return True
@@ -31,14 +35,19 @@ def attention_forward(
     v: Tensor,
     mask: AttentionMask,
     *,
+    sinks: Tensor | None = None,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q over k and v. As `reference.attention.attention_forward`."""
+    options: dict[str, Any] = {
+        "sinks": sinks, "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k, "seed": seed
+    }  # fmt: skip
     if bias is not None:
-        return explicit_forward(q, k, v, mask, bias=bias, cu_seqlens=cu_seqlens, seed=seed)
-    return kernel_forward(q, k, v, mask, cu_seqlens=cu_seqlens, seed=seed)
+        return explicit_forward(q, k, v, mask, bias=bias, **options)
+    return kernel_forward(q, k, v, mask, **options)
 
 
 def attention_backward(
@@ -51,19 +60,24 @@ def attention_backward(
     mask: AttentionMask,
     *,
     delta: Tensor | None = None,
+    sinks: Tensor | None = None,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. As `reference.attention.attention_backward`.
+    need_dsinks: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and sinks. As `reference.attention.attention_backward`.
 
     Raises:
         ValueError: without delta.
     """
     if delta is None:
         raise ValueError("delta is None, expected rowsum(out * dout)")
+    options: dict[str, Any] = {
+        "sinks": sinks, "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k, "seed": seed,
+        "need_dsinks": need_dsinks,
+    }  # fmt: skip
     if bias is not None:
-        return explicit_backward(
-            dout, q, k, v, lse, mask, delta, bias=bias, cu_seqlens=cu_seqlens, seed=seed
-        )
-    return kernel_backward(dout, q, k, v, lse, mask, delta, cu_seqlens=cu_seqlens, seed=seed)
+        return explicit_backward(dout, q, k, v, lse, mask, delta, bias=bias, **options)
+    return kernel_backward(dout, q, k, v, lse, mask, delta, **options)

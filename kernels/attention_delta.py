@@ -65,9 +65,10 @@ def attention_delta_kernel(
 @functools.cache
 def head_tiles(spec: QKSpec) -> dict[str, int]:
     """Rows and heads of a program, and its warps, by the sizes alone."""
-    block_q = triton.next_power_of_2(spec.q_size // spec.head_dim)
+    block_q = triton.next_power_of_2(spec.heads)
     block_k = triton.next_power_of_2(spec.kv_size // spec.head_dim)
-    elements = max(block_q, block_k) * triton.next_power_of_2(spec.head_dim)
+    widest = max(spec.head_dim, spec.out_head_dim)
+    elements = max(block_q, block_k) * triton.next_power_of_2(widest)
     rows = max(1, min(64, 2048 // elements))
     return {
         "BLOCK_M": rows, "BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps(rows * elements)
@@ -77,10 +78,10 @@ def head_tiles(spec: QKSpec) -> dict[str, int]:
 def check_delta(attn_out: Tensor, dout: Tensor, delta: Tensor, spec: QKSpec) -> None:
     """Raise unless the kernels can work with these."""
     rows = attn_out.shape[0]
-    like = layout(attn_out)
-    check_matrix("attn_out", like, (rows, spec.q_size), like)
-    check_matrix("dout", layout(dout), (rows, spec.q_size), like)
-    shape = rows, spec.q_size // spec.head_dim
+    width, like = spec.heads * spec.out_head_dim, layout(attn_out)
+    check_matrix("attn_out", like, (rows, width), like)
+    check_matrix("dout", layout(dout), (rows, width), like)
+    shape = rows, spec.heads
     if delta.dtype != torch.float32:
         raise TypeError(f"delta is {delta.dtype}, expected torch.float32")
     if tuple(delta.shape) != shape or delta.device != attn_out.device:
@@ -94,8 +95,8 @@ def attention_delta(attn_out: Tensor, dout: Tensor, delta: Tensor, spec: QKSpec)
     """delta, where there is nothing to rotate. As `reference.qk_rope.attention_delta`.
 
     Args:
-        attn_out: `[rows, q_size]`, fp32, bf16 or fp16, last stride 1.
-        dout: `[rows, q_size]`, its gradient.
+        attn_out: `[rows, heads * out_head_dim]`, fp32, bf16 or fp16, last stride 1.
+        dout: as attn_out, its gradient.
         delta: `[rows, heads]`, fp32, any strides; written.
         spec: sizes of the heads.
 
@@ -112,8 +113,8 @@ def attention_delta(attn_out: Tensor, dout: Tensor, delta: Tensor, spec: QKSpec)
                 attn_out, dout, delta,
                 rows,
                 attn_out.stride(0), dout.stride(0), delta.stride(0), delta.stride(1),
-                HEADS=spec.q_size // spec.head_dim, HEAD_DIM=spec.head_dim,
+                HEADS=spec.heads, HEAD_DIM=spec.out_head_dim,
                 BLOCK_M=tiles["BLOCK_M"], BLOCK_H=tiles["BLOCK_Q"],
-                BLOCK_D=triton.next_power_of_2(spec.head_dim),
+                BLOCK_D=triton.next_power_of_2(spec.out_head_dim),
                 num_warps=tiles["num_warps"], **SAME_BITS,
             )  # fmt: skip

@@ -109,6 +109,8 @@ def library_attention(
     head_dim: int,
     tokens: int,
     bias: torch.Tensor | None,
+    v_head_dim: int | None = None,
+    sinks: bool = False,
 ) -> Operations:
     """The module whose attention is PyTorch's own kernel, for `impl="sdpa"`.
 
@@ -118,9 +120,12 @@ def library_attention(
     Raises:
         ValueError: if PyTorch has no kernel for what is asked.
     """
-    if library_core(mask, dtype, device, head_dim, tokens, bias) is None:
+    if library_core(mask, dtype, device, head_dim, tokens, bias, v_head_dim, sinks) is None:
         raise ValueError(
             f"impl is 'sdpa', but PyTorch has no attention kernel for {dtype} heads of {head_dim} "
-            f"on {device} with {mask}" + ("" if bias is None else " and an attention_mask")
+            f"on {device} with {mask}"
+            + ("" if bias is None else " and an attention_mask")
+            + ("" if v_head_dim in (None, head_dim) else f" and v's heads of {v_head_dim}")
+            + (" and sinks" if sinks else "")
         )
     return reference

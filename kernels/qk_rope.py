@@ -182,6 +182,7 @@ def qk_rope_forward_kernel(
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_NORM: tl.constexpr,
     FULL: tl.constexpr, ROUND_FIRST: tl.constexpr, HAS_DELTA: tl.constexpr,
+    OUT_HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +203,7 @@ def qk_rope_forward_kernel(
     elif HAS_DELTA:
         delta_part(
             attn_out_ptr, dout_ptr, delta_ptr, M, stride_attn_outm, stride_doutm, stride_deltam,
-            stride_deltah, Q_HEADS, HEAD_DIM, BLOCK_M, BLOCK_Q, BLOCK_D,
+            stride_deltah, Q_HEADS, OUT_HEAD_DIM, BLOCK_M, BLOCK_Q, BLOCK_D,
         )  # fmt: skip
 
 
@@ -385,8 +386,9 @@ def qk_rope_forward(
         k_weight: `[head_dim]` or `[kv_size]`, contiguous; None with q_weight.
         spec: what is done.
         out: `[rows, q_size + kv_size]`, last stride 1, written; may be raw.
-        attn_out: `[rows, q_size]`, last stride 1; with dout and delta, delta is written.
-        dout: `[rows, q_size]`, last stride 1.
+        attn_out: `[rows, heads * out_head_dim]`, last stride 1; with dout and delta, delta is
+            written.
+        dout: as attn_out.
         delta: `[rows, heads]`, fp32, any strides; written.
 
     Raises:
@@ -410,7 +412,8 @@ def qk_rope_forward(
                 out.stride(0), _stride(delta), _stride(delta, 1),
                 spec.norm.eps, spec.norm.offset,
                 HAS_NORM=q_weight is not None, ROUND_FIRST=spec.norm.round_first,
-                HAS_DELTA=has_delta, BLOCK_D=triton.next_power_of_2(spec.head_dim), **constants,
+                HAS_DELTA=has_delta, OUT_HEAD_DIM=spec.out_head_dim,
+                BLOCK_D=triton.next_power_of_2(spec.out_head_dim), **constants,
             )  # fmt: skip
 
 

@@ -34,6 +34,10 @@ FAMILIES = {
         32, 48, 4, 2, norm="layernorm", norm_position="both", hidden_act="gelu", up_bias=True,
     ),
     "odd-sizes": BlockSpec(30, 45, 3, 1, head_dim=10, qkv_bias=True),
+    "sinks-and-wide-values": BlockSpec(
+        32, 48, 4, 2, v_head_dim=20, attention_sinks=True, sliding_window=9, qkv_bias=True,
+        stacked_qkv=True,
+    ),
 }  # fmt: skip
 
 #: All sixteen ways to keep or recompute the four activations of a block.

@@ -21,43 +21,59 @@ from backfuse.kernels.reference.explicit_attention import (
 from backfuse.kernels.reference.norm import accumulate_dtype
 
 
-def visible(tokens, mask, bounds):
-    """bool [tokens, tokens] from first principles."""
-    i, j = torch.arange(tokens).unsqueeze(1), torch.arange(tokens)
-    seen = torch.ones(tokens, tokens, dtype=torch.bool)
-    if mask.causal:
-        seen &= j <= i
-    if mask.window is not None:
-        seen &= (i - j).abs() < mask.window
-    if bounds is not None:
-        which = torch.searchsorted(torch.tensor(bounds), torch.arange(tokens), right=True)
-        seen &= which.unsqueeze(1) == which
+def sequence_pairs(tokens, keys, bounds, bounds_k):
+    """Slices of the queries and of the keys of each sequence."""
+    bounds = bounds or [0, tokens]
+    if bounds_k is None:
+        bounds_k = [0, keys] if len(bounds) == 2 else bounds
+    slices = (map(slice, b, b[1:]) for b in (bounds, bounds_k))
+    return list(zip(*slices, strict=False))
+
+
+def visible(tokens, keys, mask, bounds, bounds_k):
+    """bool [tokens, keys] from first principles."""
+    seen = torch.zeros(tokens, keys, dtype=torch.bool)
+    for rows, cols in sequence_pairs(tokens, keys, bounds, bounds_k):
+        n, m = rows.stop - rows.start, cols.stop - cols.start
+        i, j = torch.arange(n).unsqueeze(1) + m - n, torch.arange(m)
+        part = torch.ones(n, m, dtype=torch.bool)
+        if mask.causal:
+            part &= j <= i
+        if mask.window is not None:
+            part &= (i - j).abs() < mask.window
+        seen[rows, cols] = part
     return seen
 
 
-def plain(q, k, v, mask, bias=None, bounds=None, seed=None):
-    """Softmax attention in the inputs' dtype, nothing clever."""
+def plain(q, k, v, sinks, mask, bias=None, bounds=None, bounds_k=None, seed=None):
+    """Softmax attention in the inputs' dtype, nothing clever: a sink is a column more."""
     batch, tokens, heads, _ = q.shape
+    keys = k.shape[1]
     k, v = (x.repeat_interleave(heads // x.shape[2], 2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * mask.scale
     if mask.softcap:
         scores = mask.softcap * torch.tanh(scores / mask.softcap)
-    seen = visible(tokens, mask, bounds)
+    seen = visible(tokens, keys, mask, bounds, bounds_k)
     if bias is not None:
         seen = bias if bias.dtype == torch.bool else torch.ones(1, dtype=torch.bool)
         scores = scores if bias.dtype == torch.bool else scores + bias
     scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(q.dtype).view(1, heads, 1, 1).expand(batch, -1, tokens, 1)
+        scores = torch.cat([scores, column], -1)
     empty = (scores == float("-inf")).all(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+    weights = weights[..., :keys]
     if mask.dropout:
-        kept = torch.zeros(batch, heads, tokens, tokens)
-        spans = zip(bounds or [0, tokens], (bounds or [0, tokens])[1:], strict=False)
-        for number, (a, b) in enumerate(spans):  # counted from each sequence's start
-            if b > a:
-                n = torch.arange(b - a)
+        kept = torch.zeros(batch, heads, tokens, keys)
+        pairs = sequence_pairs(tokens, keys, bounds, bounds_k)
+        for number, (rows, cols) in enumerate(pairs):  # counted from each sequence's start
+            n, m = rows.stop - rows.start, cols.stop - cols.start
+            if n and m:
                 slices = torch.arange(batch * heads) + number * heads
-                part = dropout_mask(seed, mask.dropout, n, n, slices, mask.site)
-                kept[:, :, a:b, a:b] = part.view(batch, heads, b - a, b - a)
+                counts = torch.arange(n), torch.arange(m)
+                part = dropout_mask(seed, mask.dropout, *counts, slices, mask.site)
+                kept[:, :, rows, cols] = part.view(batch, heads, n, m)
         weights = weights * kept.to(weights.dtype) / (1 - mask.dropout)
     return torch.einsum("bhij,bjhd->bihd", weights, v)
 
@@ -73,35 +89,58 @@ def explicit(dout, q, k, v, out, lse, mask, *, delta, **options):
     return explicit_backward(dout, q, k, v, lse, mask, delta, **options)
 
 
-def check(q, k, v, mask, *, bias=None, bounds=None, seed=None, forward, backward):
+def largest(x):
+    """The largest element, 0 where there is none."""
+    return x.max().item() if x.numel() else 0.0
+
+
+def check(
+    q, k, v, mask, *, sinks=None, bias=None, bounds=None, bounds_k=None, seed=None, forward,
+    backward,
+):  # fmt: skip
     """Outputs and gradients within twice the error of plain PyTorch in the same dtype."""
-    dtype, dout = q.dtype, torch.randn_like(q)
-    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    dtype = q.dtype
+    dout = torch.randn(*q.shape[:3], v.shape[3]).to(dtype).to(q.device)
+    offsets = (
+        None if b is None else torch.tensor(b, dtype=torch.int32) for b in (bounds, bounds_k)
+    )
 
     def through_autograd(dtype):
         leaves = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
-        out = plain(*leaves, mask, bias, bounds, seed)
+        if sinks is not None:
+            leaves.append(sinks.to(dtype).detach().requires_grad_())
+        sink = leaves[3] if sinks is not None else None
+        out = plain(*leaves[:3], sink, mask, bias, bounds, bounds_k, seed)
         return [out, *torch.autograd.grad(out, leaves, dout.to(dtype))]
 
     exact, theirs = through_autograd(torch.float64), through_autograd(dtype)
-    options = {"bias": bias, "cu_seqlens": cu_seqlens, "seed": seed}
+    options = {"sinks": sinks, "bias": bias, "seed": seed}
+    options |= dict(zip(("cu_seqlens", "cu_seqlens_k"), offsets, strict=True))
     out, lse = forward(q, k, v, mask, **options)
     delta = rowsum(out, dout)
     ours = [out, *backward(dout, q, k, v, out, lse, mask, delta=delta, **options)]
     # dS is a difference of dP and delta, which may cancel: that is the size rounding acts on.
-    size = (dout.double().abs() * exact[0].detach().abs()).sum(-1).max() * mask.scale
-    scales = [0.0, *(float(size * x.abs().max()) for x in (k, q)), 0.0]
+    terms = (dout.double().abs() * exact[0].detach().abs()).sum(-1)
+    size = largest(terms) * mask.scale
+    scales = [0.0, *(size * largest(x.abs()) for x in (k, q)), 0.0]
     eps = 2e-13 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
-    for name, a, b, c, scale in zip(
-        ("out", "dq", "dk", "dv"), ours, theirs, exact, scales, strict=True
-    ):
-        assert a.dtype == dtype and a.shape == c.shape
-        assert_as_good_as(name, a, b, c, eps, scale)
+    names = ["out", "dq", "dk", "dv"]
+    if sinks is None:
+        assert ours.pop() is None
+    else:
+        assert ours[4].dtype == lse.dtype
+        names, scales = [*names, "dsinks"], [*scales, largest(terms.sum((0, 1)))]
+    for name, a, b, c, scale in zip(names, ours, theirs, exact, scales, strict=True):
+        assert (a.dtype == dtype or name == "dsinks") and a.shape == c.shape
+        if c.numel():
+            assert_as_good_as(name, a, b, c, eps, scale)
     assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
 
 
-def heads(batch, tokens, heads, kv_heads, dim, dtype):
-    return [torch.randn(batch, tokens, n, dim).to(dtype) for n in (heads, kv_heads, kv_heads)]
+def heads(batch, tokens, heads, kv_heads, dim, dtype, *, keys=None, v_dim=None):
+    shapes = ((tokens, heads, dim), (keys or tokens, kv_heads, dim),
+              (keys or tokens, kv_heads, v_dim or dim))  # fmt: skip
+    return [torch.randn(batch, *shape).to(dtype) for shape in shapes]
 
 
 MASKS = {
@@ -163,7 +202,7 @@ def test_rows_that_see_nothing_are_zero_and_harmless():
     grads = attention_backward(
         dout, q, k, v, out, lse, AttentionMask(), delta=rowsum(out, dout), bias=bias
     )
-    assert (grads[0][:, 3:6] == 0).all() and all(g.isfinite().all() for g in grads)
+    assert (grads[0][:, 3:6] == 0).all() and all(g.isfinite().all() for g in grads[:3])
 
 
 @pytest.mark.parametrize("value", [-1e9, torch.finfo(torch.float32).min, -1e4])

@@ -9,9 +9,10 @@ from conftest import DEVICE
 from test_attention import MASKS, check
 
 from backfuse.kernels import fused, reference
-from backfuse.kernels.attention import attention_forward, packed_tiles
+from backfuse.kernels.attention import attention_forward
 from backfuse.kernels.attention_backward import attention_backward
 from backfuse.kernels.attention_configs import CONFIGS, HEAVY, choose, shared_bytes
+from backfuse.kernels.attention_launch import packed_tiles
 from backfuse.kernels.configs import SHARED_MEMORY, Config, architecture
 from backfuse.kernels.reference.explicit_attention import AttentionMask
 
@@ -19,10 +20,17 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BOUNDS = [0, 5, 5, 75, 76, 133]  # an empty sequence, one of one token, several blocks
 
 
-def heads(batch, tokens, heads, kv_heads, dim, dtype):
-    """q, k and v side by side in one buffer, as a block has them."""
-    qkv = torch.randn(batch, tokens, heads + 2 * kv_heads, dim).to(dtype).to(DEVICE)
-    return qkv.split([heads, kv_heads, kv_heads], 2)
+def heads(batch, tokens, heads, kv_heads, dim, dtype, *, keys=None, v_dim=None):
+    """q, k and v side by side in one buffer, as a block has them; k and v where keys differ."""
+    keys, v_dim = keys or tokens, v_dim or dim
+    widths = [heads * dim, kv_heads * dim, kv_heads * v_dim]
+    rows = max(tokens, keys)
+    qkv = torch.randn(batch * rows, sum(widths)).to(dtype).to(DEVICE)
+    parts = zip(qkv.split(widths, -1), (dim, dim, v_dim), strict=True)
+    q, k, v = (part.unflatten(-1, (-1, width)).unflatten(0, (batch, rows)) for part, width in parts)
+    if keys == tokens:
+        return q, k, v
+    return q[:, :tokens].contiguous(), k[:, :keys].contiguous(), v[:, :keys].contiguous()
 
 
 ALL_MASKS = {
@@ -98,9 +106,7 @@ def test_every_configuration(kernel, config, causal):
     else:
         name = "dkdv_config" if kernel == "attention_dkdv" else "dq_config"
         ours = attention_backward(dout, q, k, v, lse, mask, delta, seed=seed, **{name: config})
-        theirs = reference.attention_backward(
-            dout, q, k, v, out, lse, mask, delta=delta, seed=seed
-        )
+        theirs = reference.attention_backward(dout, q, k, v, out, lse, mask, delta=delta, seed=seed)
     for a, b in zip(ours, theirs, strict=True):
         assert (a.float() - b.float()).norm() <= 2e-3 * b.float().norm(), config
 
@@ -131,7 +137,7 @@ def test_the_same_bits_each_time_and_inputs_only_read():
         out, lse = fused.attention_forward(q, k, v, AttentionMask())
         delta = (out.float() * dout.float()).sum(-1).transpose(1, 2)
         grads = fused.attention_backward(dout, q, k, v, out, lse, AttentionMask(), delta=delta)
-        runs.append([out, lse, *grads])
+        runs.append([out, lse, *grads[:3]])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert all(torch.equal(a, b) for a, b in zip((q, k, v, dout), before, strict=True))
 
@@ -145,7 +151,7 @@ def test_gradients_of_other_strides():
         arguments = (q, k, v, out, lse, AttentionMask())
         strided = fused.attention_backward(dout, *arguments, delta=delta)
         plain = fused.attention_backward(dout.contiguous(), *arguments, delta=delta.contiguous())
-        assert all(torch.equal(a, b) for a, b in zip(strided, plain, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(strided[:3], plain[:3], strict=True))
 
 
 def test_offsets_of_any_stride():
@@ -182,9 +188,17 @@ GOOD = torch.zeros(1, 4, 2, 8)
     "change, error, message",
     [
         ({"q": GOOD[0]}, ValueError, r"q has the shape \[4, 2, 8\], expected \[batch, tokens"),
-        ({"k": GOOD.half()}, TypeError, "k is torch.float16, expected one of .* all the same"),
-        ({"q": GOOD.double()}, TypeError, "q is torch.float64, expected one of"),
-        ({"k": GOOD[:, :3]}, ValueError, r"k has the shape \[1, 3, 2, 8\], expected \[1, 4, heads"),
+        (
+            {"k": GOOD.half()},
+            TypeError,
+            "k is torch.float16, expected a floating-point dtype, all the",
+        ),
+        (
+            {"k": GOOD.long()},
+            TypeError,
+            "k is torch.int64, expected a floating-point dtype, all the",
+        ),
+        ({"k": GOOD[:, :3]}, ValueError, r"v has the shape \[1, 4, 2, 8\], expected \[1, 3, heads"),
         ({"v": GOOD[:, :, :1]}, ValueError, "2, 2 and 1 heads, expected as many of k as of v"),
         ({"k": GOOD.repeat(1, 1, 2, 1), "v": GOOD.repeat(1, 1, 2, 1)}, ValueError, "2, 4 and 4"),
         ({"k": GOOD.mT.contiguous().mT}, ValueError, "k has the strides .* expected a last one"),

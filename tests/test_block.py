@@ -9,6 +9,7 @@ from families import FAMILIES, FROZEN, POLICIES, make_block, make_input, results
 from torch.func import functional_call
 
 from backfuse import BlockSpec, Policy, TransformerBlock, attention, ffn, rope_cos_sin
+from backfuse.kernels.reference import explicit_attention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NAMED = ["keep", "selective", "lean", "full"]
@@ -94,6 +95,34 @@ def test_packed_sequences(family, poisoned_empty):
         for total, share in zip(weight_grads, alone[2:], strict=True):
             total += share
     torch.testing.assert_close(whole[2:], weight_grads)
+
+
+@pytest.mark.parametrize("policy", NAMED)
+def test_frozen_sinks_cost_nothing(policy, monkeypatch):
+    spec = FAMILIES["sinks-and-wide-values"]
+    block, (x, grad) = make_block(spec, policy), make_input(spec, seq_len=40)
+    sinks = block.get_parameter("self_attn.sinks")
+    expected = results(block, x, grad)
+    assert sinks.grad.abs().min() > 0
+    sinks.requires_grad_(False)
+    monkeypatch.setattr(explicit_attention, "sink_gradient", None)
+    for got, full in zip(results(block, x, grad), expected, strict=True):
+        assert got is None or torch.equal(got, full)
+    assert sinks.grad is None
+
+
+def test_sinks_alone_are_trained():
+    spec = FAMILIES["sinks-and-wide-values"]
+    x, grad = make_input(spec, seq_len=40)
+    expected = results(make_block(spec), x, grad)
+    names = [name for name, _ in make_block(spec).named_parameters()]
+    x.requires_grad_(False)
+    for policy in NAMED:
+        block = make_block(spec, policy, frozen="everything")
+        block.get_parameter("self_attn.sinks").requires_grad_()
+        got = dict(zip(names, results(block, x, grad)[2:], strict=True))
+        assert torch.equal(got.pop("self_attn.sinks"), expected[2 + names.index("self_attn.sinks")])
+        assert set(got.values()) == {None}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

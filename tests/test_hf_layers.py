@@ -4,10 +4,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import DEVICE
 from families import assert_as_good_as, error
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.gpt_oss import modeling_gpt_oss
 
-from backfuse import BlockSpec, TransformerBlock
+from backfuse import BlockSpec, TransformerBlock, attention, rope_cos_sin
 
 NOTHING = nullcontext()
 SIZES = {
@@ -256,3 +258,62 @@ def test_unknown_families_and_settings():
     config.scale_attn_by_inverse_layer_idx = True
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx is True"):
         BlockSpec.from_config(config)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_attention_half_of_gpt_oss(impl, window, dtype):
+    """Sinks against the column of logits that transformers appends; its FFN is no block's."""
+    torch.manual_seed(0)
+    tokens, kind = 40, "full_attention" if window is None else "sliding_attention"
+    config = AutoConfig.for_model(
+        "gpt_oss", hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
+        sliding_window=window, layer_types=[kind], num_hidden_layers=1, attention_bias=True,
+        attn_implementation="eager",
+    )  # fmt: skip
+    theirs = torch.nn.Module()
+    theirs.self_attn = modeling_gpt_oss.GptOssAttention(config, 0)
+    theirs.input_layernorm = modeling_gpt_oss.GptOssRMSNorm(48, config.rms_norm_eps)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * (2.0 if "sinks" in name else 0.3))
+    spec = BlockSpec(
+        48, 1, 6, 2, head_dim=8, norm_eps=config.rms_norm_eps, norm_round_first=False,
+        qkv_bias=True, o_bias=True, sliding_window=window, attention_sinks=True,
+    )  # fmt: skip
+    theirs.to(dtype)  # the weights that every run begins with
+    x, grad = torch.randn(2, 2, tokens, 48).to(dtype)
+    cos, sin = rope_cos_sin(torch.arange(tokens)[None], 8)
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    seen = (distance >= 0) & (distance < (window or tokens))
+
+    def run(function, dtype, device="cpu"):
+        theirs.to(device, dtype).zero_grad(set_to_none=True)
+        leaf = x.to(device, dtype, copy=True).requires_grad_()
+        y = function(leaf, cos.to(device, dtype), sin.to(device, dtype))
+        y.backward(grad.to(device, dtype))
+        return [t.clone() for t in (y, leaf.grad, *(p.grad for p in theirs.parameters()))]
+
+    def plain(x, cos, sin):
+        mask = torch.zeros(tokens, tokens, dtype=x.dtype).masked_fill(~seen, float("-inf"))
+        angles = cos[..., :4], sin[..., :4]  # theirs knows one of each pair
+        return x + theirs.self_attn(theirs.input_layernorm(x), angles, mask[None, None])[0]
+
+    def half(x, cos, sin):
+        weights = dict(theirs.named_parameters())
+        return attention(x, weights, spec, "lean", position_embeddings=(cos, sin), impl=impl)
+
+    exact, expected = run(plain, torch.float64), run(plain, dtype)
+    ours = run(half, dtype, DEVICE if impl == "triton" else "cpu")
+    names = ["output", "x", *(name for name, _ in theirs.named_parameters())]
+    largest = max(e.abs().max().item() for e in exact)
+    for name, a, b, c in zip(names, ours, expected, exact, strict=True):
+        # a bias of k has no gradient but rounding
+        scale = largest if name.endswith("k_proj.bias") else 0.0
+        assert_as_good_as(name, a.cpu(), b, c, torch.finfo(dtype).eps, scale)
+
+
+def test_a_whole_layer_of_gpt_oss_is_refused():
+    with pytest.raises(ValueError, match="config.model_type is 'gpt_oss', expected one of"):
+        BlockSpec.from_config(AutoConfig.for_model("gpt_oss"))

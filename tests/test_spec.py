@@ -42,6 +42,19 @@ def test_parameter_names_and_shapes():
     assert "self_attn.o_proj.bias" not in shapes and "mlp.up_proj.weight" not in shapes
 
 
+def test_sinks_and_heads_of_v_of_their_own_width():
+    spec = BlockSpec(8, 12, 4, 2, head_dim=6, v_head_dim=10, attention_sinks=True)
+    assert (spec.q_size, spec.kv_size, spec.v_size) == (24, 12, 20)
+    assert (spec.qkv_size, spec.attn_out_size) == (56, 40)
+    shapes = spec.attention_parameters()
+    assert shapes["self_attn.v_proj.weight"] == (20, 8)
+    assert shapes["self_attn.o_proj.weight"] == (8, 40) and shapes["self_attn.sinks"] == (4,)
+    stacked = spec.replace(stacked_qkv=True).attention_parameters()
+    assert stacked["self_attn.qkv_proj.weight"] == (56, 8)
+    assert BlockSpec(8, 12, 4).replace(head_dim=6).v_head_dim == 6
+    assert "self_attn.sinks" not in BlockSpec(8, 12, 4).parameters()
+
+
 def test_an_odd_head_dim_may_rotate_in_part_or_not_at_all():
     assert BlockSpec(28, 48, 4, rotary_dim=6).head_dim == 7
     assert BlockSpec(28, 48, 4, rope=None).head_dim == 7
@@ -59,6 +72,8 @@ def test_an_odd_head_dim_may_rotate_in_part_or_not_at_all():
         ({"num_attention_heads": True}, "num_attention_heads is True"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3, expected a divisor"),
         ({"head_dim": 7}, "^head_dim is 7, expected an even number.*or give rotary_dim"),
+        ({"v_head_dim": 0}, "v_head_dim is 0, expected a positive integer"),
+        ({"attention_sinks": 1}, "attention_sinks is 1, expected True or False"),
         ({"hidden_size": 28}, "^head_dim is 7, expected an even number"),
         ({"head_dim": 7, "rotary_dim": 5}, "^rotary_dim is 5, expected an even number"),
         (

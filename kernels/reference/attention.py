@@ -24,9 +24,24 @@ def library_core(
     head_dim: int,
     tokens: int,
     bias: Tensor | None,
+    v_head_dim: int | None = None,
+    sinks: bool = False,
 ) -> str | None:
-    """The kernel of PyTorch's that can do what is asked: `"cpu"`, `"flash"`, or None."""
-    if mask.softcap is not None or mask.dropout or bias is not None:
+    """The kernel of PyTorch's that can do what is asked: `"cpu"`, `"flash"`, or None.
+
+    Args:
+        mask: as in `attention_forward`.
+        dtype: of the heads.
+        device: where they are.
+        head_dim: of q and k.
+        tokens: rows of q, and of k.
+        bias: as in `attention_forward`.
+        v_head_dim: of v; None: as q's.
+        sinks: whether there are any.
+    """
+    if mask.softcap is not None or mask.dropout or bias is not None or sinks:
+        return None
+    if v_head_dim not in (None, head_dim):
         return None
     if device.type == "cpu":
         return "cpu" if mask.window is None or mask.window >= tokens else None
@@ -42,9 +57,29 @@ def needs_delta(
     head_dim: int,
     tokens: int,
     bias: Tensor | None,
+    v_head_dim: int | None = None,
+    sinks: bool = False,
 ) -> bool:
     """Whether `attention_backward` wants delta. Arguments as `library_core`."""
-    return library_core(mask, dtype, device, head_dim, tokens, bias) is None
+    core = library_core(mask, dtype, device, head_dim, tokens, bias, v_head_dim, sinks)
+    return core is None
+
+
+def _core(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> str | None:
+    """`library_core` of tensors; None where the keys' lengths may differ from the queries'."""
+    if cu_seqlens_k is not None or k.shape[1] != q.shape[1]:
+        return None
+    return library_core(
+        mask, q.dtype, q.device, q.shape[-1], q.shape[1], bias, v.shape[-1], sinks is not None
+    )
 
 
 def attention_forward(
@@ -53,30 +88,39 @@ def attention_forward(
     v: Tensor,
     mask: AttentionMask,
     *,
+    sinks: Tensor | None = None,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q over k and v.
 
     Args:
         q: `[batch, tokens, heads, head_dim]`, last stride 1.
-        k: `[batch, tokens, kv heads, head_dim]`, heads a multiple of kv heads; v likewise.
-        v: see k.
+        k: `[batch, keys, kv heads, head_dim]`, heads a multiple of kv heads.
+        v: `[batch, keys, kv heads, v_head_dim]`.
         mask: what is visible, and the scores' treatment.
-        bias: `[batch or 1, heads or 1, tokens, tokens]`: bool (True: visible) or added to the
+        sinks: `[heads]`, any floating-point dtype: a logit in each row's softmax that no value
+            belongs to, neither scaled nor capped; or None.
+        bias: `[batch or 1, heads or 1, tokens, keys]`: bool (True: visible) or added to the
             scores. It replaces `mask.causal` and `mask.window`.
         cu_seqlens: int32 or int64 `[sequences + 1]`, starts of the packed sequences and the end;
             the batch must then be 1.
+        cu_seqlens_k: the same of the keys, where they are not the queries'; the last query of a
+            sequence then stands beside its last key.
         seed: int64, one element, for dropout.
 
     Returns:
-        out `[batch, tokens, heads, head_dim]`, contiguous, and lse `[batch, heads, tokens]`,
-        fp32 (fp64 for fp64).
+        out `[batch, tokens, heads, v_head_dim]`, contiguous, and lse `[batch, heads, tokens]`,
+        fp32 (fp64 for fp64). Rows that see no key: 0, and -inf or their sink.
     """
-    core = library_core(mask, q.dtype, q.device, q.shape[-1], q.shape[1], bias)
+    core = _core(q, k, v, mask, sinks, bias, cu_seqlens_k)
     if core is None:
-        return explicit_forward(q, k, v, mask, bias=bias, cu_seqlens=cu_seqlens, seed=seed)
+        return explicit_forward(
+            q, k, v, mask, sinks=sinks, bias=bias, cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k, seed=seed,
+        )  # fmt: skip
     if core == "flash":
         q, k, v = _flat(q, k, v, cu_seqlens=cu_seqlens)
         out, lse, *_ = aten._flash_attention_forward(
@@ -120,32 +164,42 @@ def attention_backward(
     mask: AttentionMask,
     *,
     delta: Tensor | None = None,
+    sinks: Tensor | None = None,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, fresh and contiguous, shaped as those.
+    need_dsinks: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k and v, fresh and contiguous, shaped as those; and of the sinks.
 
     Args:
-        dout: `[batch, tokens, heads, head_dim]`.
-        q: as in the forward pass, and so k, v, mask, bias, cu_seqlens and seed.
+        dout: `[batch, tokens, heads, v_head_dim]`.
+        q: as in the forward pass, and so k, v, mask, sinks, bias, both offsets and seed.
         k: see q.
         v: see q.
         out: what the forward pass gave.
         lse: what the forward pass gave.
         mask: see q.
         delta: `[batch, heads, tokens]`, rowsum(out o dout); needed where `library_core` gives None.
+        sinks: see q.
         bias: see q.
         cu_seqlens: see q.
+        cu_seqlens_k: see q.
         seed: see q.
+        need_dsinks: whether the gradient of the sinks is wanted.
+
+    Returns:
+        dq, dk, dv, and dsinks: `[heads]`, fp32 (fp64 for fp64), or None.
     """
-    core = library_core(mask, q.dtype, q.device, q.shape[-1], q.shape[1], bias)
+    core = _core(q, k, v, mask, sinks, bias, cu_seqlens_k)
     if core is None:
         if delta is None:
             raise ValueError("delta is None, expected rowsum(out * dout): no library kernel fits")
         return explicit_backward(
-            dout, q, k, v, lse, mask, delta, bias=bias, cu_seqlens=cu_seqlens, seed=seed
-        )
+            dout, q, k, v, lse, mask, delta, sinks=sinks, bias=bias, cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k, seed=seed, need_dsinks=need_dsinks,
+        )  # fmt: skip
     if core == "flash":
         shapes = q.shape, k.shape, v.shape
         q, k, v = _flat(q, k, v, cu_seqlens=cu_seqlens)
@@ -169,7 +223,7 @@ def attention_backward(
             **_flash_options(mask),
         )
         dq, dk, dv = (g.view(s) for g, s in zip(grads, shapes, strict=True))
-        return dq, dk, dv
+        return dq, dk, dv, None
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
     spans = sequences(q.shape[1], cu_seqlens)
     if spans == [(0, 0, q.shape[1])]:
@@ -181,7 +235,7 @@ def attention_backward(
             scale=mask.scale,
         )
         dq, dk, dv = (g.transpose(1, 2) for g in grads)
-        return dq, dk, dv
+        return dq, dk, dv, None
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     for _, a, b in spans:
         grads = backward(
@@ -193,7 +247,7 @@ def attention_backward(
         )
         for result, grad in zip((dq, dk, dv), grads, strict=True):
             result[:, a:b] = grad.transpose(1, 2)
-    return dq, dk, dv
+    return dq, dk, dv, None
 
 
 def _flat(*tensors: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -34,6 +34,7 @@ class QKSpec:
         layout: RoPE's, `"half"` or `"interleaved"`.
         qk_norm: `"head"`, `"full"` or None.
         norm: how qk-norm computes.
+        v_head_dim: width of a head of v and of O; None: head_dim.
     """
 
     q_size: int
@@ -42,6 +43,17 @@ class QKSpec:
     layout: str = "half"
     qk_norm: str | None = None
     norm: NormSpec = field(default_factory=NormSpec)
+    v_head_dim: int | None = None
+
+    @property
+    def heads(self) -> int:
+        """Heads of q, and of O."""
+        return self.q_size // self.head_dim
+
+    @property
+    def out_head_dim(self) -> int:
+        """Width of a head of O."""
+        return self.v_head_dim or self.head_dim
 
 
 def _lines(part: Tensor, spec: QKSpec) -> Tensor:
@@ -82,8 +94,8 @@ def qk_rope_forward(
         k_weight: `[head_dim]` or `[kv_size]`, or None.
         spec: what is done.
         out: `[rows, q_size + kv_size]`, written; may be raw.
-        attn_out: `[rows, q_size]`; with it, delta is written.
-        dout: `[rows, q_size]`, its gradient.
+        attn_out: `[rows, heads * out_head_dim]`; with it, delta is written.
+        dout: as attn_out, its gradient.
         delta: `[rows, heads]`, fp32 (fp64 for fp64); any strides; written.
     """
     sources, targets = _parts(raw, spec), _parts(out, spec)
@@ -107,7 +119,7 @@ def qk_rope_forward(
 def attention_delta(attn_out: Tensor, dout: Tensor, delta: Tensor, spec: QKSpec) -> None:
     """delta alone, where there is nothing to rotate. Arguments as in `qk_rope_forward`."""
     products = attn_out.to(delta.dtype) * dout.to(delta.dtype)
-    delta.copy_(products.unflatten(-1, (-1, spec.head_dim)).sum(-1))
+    delta.copy_(products.unflatten(-1, (-1, spec.out_head_dim)).sum(-1))
 
 
 def qk_rope_backward(

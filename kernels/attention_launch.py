@@ -1,0 +1,197 @@
+"""What the three attention kernels are launched with: checks, descriptors, flags and grids."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .configs import uses_descriptors
+from .dispatch import MAX_HEAD_DIM
+from .launch import (
+    DTYPES,
+    TRITON_DTYPES,
+    cdiv,
+    describable,
+    described,
+    dot_precision,
+    layout,
+    operand,
+)
+from .reference.attention_inputs import check_attention
+from .reference.explicit_attention import AttentionMask
+
+
+class Tiles(NamedTuple):
+    """Blocks of rows of packed sequences.
+
+    Attributes:
+        sequence: int32 `[count]`, the number of each block's sequence.
+        block: int32 `[count]`, the block's number in it; negative past the last one.
+    """
+
+    sequence: Tensor
+    block: Tensor
+
+
+def packed_tiles(cu_seqlens: Tensor, tokens: int, block: int) -> Tiles:
+    """The blocks of packed sequences, one after another, made on the device.
+
+    Args:
+        cu_seqlens: `[sequences + 1]`.
+        tokens: of all of them.
+        block: rows of a block.
+
+    Returns:
+        As many as there can be: some past the end are of no sequence.
+    """
+    counts = (cu_seqlens.diff() + (block - 1)) // block
+    ends = counts.cumsum(0)
+    tiles = torch.arange(cdiv(tokens, block) + len(counts), device=cu_seqlens.device)
+    sequence = torch.searchsorted(ends, tiles, right=True)
+    inside = sequence < len(counts)
+    sequence = sequence.clamp_(max=len(counts) - 1)
+    number = tiles - (ends - counts)[sequence]
+    return Tiles(sequence.int(), torch.where(inside, number, -1).int())
+
+
+def row_strides(x: Tensor) -> tuple[int, int]:
+    """How far the rows of heads `[batch, tokens, heads, dim]` are apart, and how far the heads.
+
+    Where each sequence has one row, the batch's stride says it, and the tokens' may be anything.
+    """
+    return x.stride(0) if x.shape[1] == 1 else x.stride(1), x.stride(2)
+
+
+def back_to_back(x: Tensor) -> bool:
+    """Whether the sequences of a batch stand right behind each other."""
+    return x.shape[0] == 1 or x.shape[1] <= 1 or x.stride(0) == x.shape[1] * x.stride(1)
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise unless the kernels can load these, which are right otherwise (see `check_attention`).
+
+    Raises:
+        TypeError: for a dtype no kernel takes.
+        ValueError: for heads that are too wide, or strides that do not fit.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} is {x.dtype}, expected one of {', '.join(map(str, DTYPES))}, all the same"
+            )
+        if x.shape[3] > MAX_HEAD_DIM:
+            raise ValueError(f"{name} has heads of {x.shape[3]}, expected at most {MAX_HEAD_DIM}")
+        if x.stride(3) != 1 and x.shape[3] != 1:
+            raise ValueError(
+                f"{name} has the strides {x.stride()}, expected a last one of 1: make it contiguous"
+            )
+        if not back_to_back(x):
+            raise ValueError(
+                f"{name} has the strides {x.stride()}, expected sequences right behind each other"
+            )
+
+
+def rows_of(x: Tensor, rows: int, desc: bool) -> Any:
+    """Heads `[batch, tokens, heads, dim]` as a kernel takes them: a pointer, or a descriptor of
+    `[batch * tokens, heads * dim]`, whose heads stand side by side."""
+    if not desc:
+        return x
+    batch, tokens, heads, head_dim = x.shape
+    flat = x.as_strided((batch * tokens, heads * head_dim), (row_strides(x)[0], 1))
+    return operand(flat, described(layout(flat), rows, head_dim))
+
+
+def side_by_side(x: Tensor, block_d: int) -> bool:
+    """Whether a descriptor can load blocks of one head: no channel of the next one is in them."""
+    return x.shape[3] == block_d and x.stride(2) == block_d
+
+
+class Launch:
+    """What the three attention kernels are launched with, beside their tensors.
+
+    Args:
+        q: as in `attention_forward`, and so the others.
+        k: see q.
+        v: see q.
+        mask: see q.
+        sinks: see q.
+        cu_seqlens: see q.
+        cu_seqlens_k: see q.
+        seed: see q.
+        dout: the output's gradient, in a backward pass.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        sinks: Tensor | None,
+        cu_seqlens: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        seed: Tensor | None,
+        dout: Tensor | None = None,
+    ) -> None:
+        check_attention(q, k, v, mask, sinks, cu_seqlens, cu_seqlens_k, seed)
+        check_heads(q, k, v)
+        self.batch, self.tokens, self.heads, head_dim = q.shape
+        self.tokens_k, self.kv_heads, v_dim = k.shape[1], k.shape[2], v.shape[3]
+        block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (head_dim, v_dim))
+        self.width = max(block_d, block_dv)
+        cross = cu_seqlens_k is not None or self.tokens != self.tokens_k
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+        self.cu_seqlens_k = None if cu_seqlens_k is None else cu_seqlens_k.contiguous()
+        self.heavy = bool(mask.softcap or mask.dropout or cu_seqlens is not None or cross)
+        blocks = [(q, block_d), (k, block_d), (v, block_dv)]
+        if dout is not None:
+            blocks.append((dout, block_dv))
+        self.desc = uses_descriptors(q) and all(
+            describable(layout(x)) and side_by_side(x, block) for x, block in blocks
+        )
+        # what a window, a cap and dropout are without one: numbers that are not read
+        threshold = int(mask.dropout * 2**32)
+        self.sizes = self.tokens, self.tokens_k, self.heads, self.heads // self.kv_heads
+        self.numbers = (
+            mask.scale,
+            mask.softcap or 1.0,
+            mask.window or 0,
+            threshold - 2**32 if threshold >= 2**31 else threshold,  # its bits, signed
+            1.0 / (1.0 - mask.dropout),
+        )
+        self.flags = {
+            "CAUSAL": mask.causal,
+            "WINDOW": mask.window is not None,
+            "SOFTCAP": mask.softcap is not None,
+            "DROPOUT": mask.dropout > 0,
+            "SITE": mask.site,
+            "VARLEN": cu_seqlens is not None,
+            "CROSS": cross,
+            "DTYPE": TRITON_DTYPES[q.dtype],
+            "PRECISION": dot_precision(q.dtype),
+            "DESC": self.desc,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": block_d,
+            "V_DIM": v_dim,
+            "BLOCK_DV": block_dv,
+        }
+
+    def query_grid(self, block: int) -> tuple[tuple[int, int, int], tuple[Any, Any]]:
+        """The grid of blocks of queries, and the table that says where they are."""
+        return self._grid(self.cu_seqlens, self.tokens, block, self.heads)
+
+    def key_grid(self, block: int) -> tuple[tuple[int, int, int], tuple[Any, Any]]:
+        """The grid of blocks of keys, and the table that says where they are."""
+        offsets = self.cu_seqlens if self.cu_seqlens_k is None else self.cu_seqlens_k
+        return self._grid(offsets, self.tokens_k, block, self.kv_heads)
+
+    def _grid(
+        self, offsets: Tensor | None, tokens: int, block: int, heads: int
+    ) -> tuple[tuple[int, int, int], tuple[Any, Any]]:
+        if offsets is None:
+            return (cdiv(tokens, block), heads, self.batch), (None, None)
+        tiles = packed_tiles(offsets, tokens, block)
+        return (len(tiles.block), heads, 1), (tiles.sequence, tiles.block)
