@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .function import run_job
-from .inputs import check_chunk_size, check_impl, check_weights, prepare
+from .inputs import check_chunk_size, check_impl, check_offload_dir, check_weights, prepare
 from .policy import KEEP, Policy, PolicyLike
 from .replay import effective_policies
 from .run import Layer, RunJob, wanted_names
@@ -61,8 +62,8 @@ class TransformerBlock(nn.Module):
 
     Args:
         spec: what the block is.
-        policy: a name (`keep`, `selective`, `lean`, `full`), a mapping from activations to
-            actions, or a `Policy`.
+        policy: a name (`keep`, `selective`, `lean`, `full`, `offload`), a mapping from activations
+            to actions, or a `Policy`.
         chunk_size: tokens that the FFN and the projections work on at a time; None: the device's
             default (1,024 on a CPU, 4,096 on a GPU). It bounds the scratch of a pass.
         impl: which operations run: `"triton"` (kernels), `"reference"` (PyTorch), or `"auto"`: the
@@ -70,6 +71,8 @@ class TransformerBlock(nn.Module):
         ffn_strategy: how the kernels rebuild a dropped `preact`: `"split"` (into scratch),
             `"fused"` (inside the backward kernel), or `"auto"`: as measured on this device by
             `backfuse tune`, else split.
+        offload_dir: a folder for what the policy offloads, which is then kept in files; None: it is
+            kept in host memory.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -86,6 +89,7 @@ class TransformerBlock(nn.Module):
         chunk_size: int | None = None,
         impl: str = "auto",
         ffn_strategy: str = "auto",
+        offload_dir: str | Path | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -95,6 +99,7 @@ class TransformerBlock(nn.Module):
         self.chunk_size = check_chunk_size(chunk_size)
         check_impl(impl, ffn_strategy)
         self.impl, self.ffn_strategy = impl, ffn_strategy
+        self.offload_dir = check_offload_dir(offload_dir)
         for path, module in parameter_modules(spec, device, dtype).items():
             parent, _, name = path.rpartition(".")
             if parent and parent not in self._modules:
@@ -195,6 +200,7 @@ class TransformerBlock(nn.Module):
             impl=self.impl,
             ffn_strategy=self.ffn_strategy,
             lossy=self.policy.lossy,
+            offload_dir=self.offload_dir,
         )
         weights = check_weights(self.weights(), self.spec.parameters(), hidden_states, call)
         [policy] = effective_policies([self.policy]) or [KEEP]

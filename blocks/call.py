@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,7 @@ class Call:
         ffn_strategy: how the kernels rebuild a pre-activation (see `kernels/ffn_recompute.py`).
         dropout: whether dropout is active.
         max_seqlen: longest packed sequence, where the caller knows it.
+        offload_dir: folder of the files that offloaded tensors go to; None: host memory.
     """
 
     spec: BlockSpec
@@ -86,6 +88,7 @@ class Call:
     ffn_strategy: str = "auto"
     dropout: bool = False
     max_seqlen: int | None = None
+    offload_dir: Path | None = None
 
     def chunks(self) -> Iterator[slice]:
         """Slices of rows that cover all tokens."""

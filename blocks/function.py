@@ -4,6 +4,9 @@ A *job* is what one call does besides its tensors: it has a forward that gives t
 is kept, and a backward that gives the gradients from that. `RecomputeFunction` is the thin layer
 between a job and autograd.
 
+What is kept elsewhere (see `offload.py`) goes when what autograd saves does, right after the
+backward pass or with a retained graph: a token that is saved with the rest says when.
+
 Weights go through `save_for_backward` themselves, never as a copy or a cast: so a sharding engine
 can free and regather them, and autograd notices if one is changed before the backward pass.
 """
@@ -23,7 +26,8 @@ from .attention import AttentionHalf
 from .call import Call, Inputs, WeightGrads, cast_weights
 from .ffn import FFNHalf
 from .inputs import check_weights, prepare
-from .keep import INPUT, Needs, attention_reads, ffn_reads, half_needs
+from .keep import INPUT, Needs, attention_reads, ffn_reads, half_needs, offloaded
+from .offload import line
 from .policy import KEEP, Policy, PolicyLike
 from .replay import effective_policies
 from .run import Gradients, Kept, wanted_names
@@ -32,6 +36,17 @@ from .spec import BlockSpec, check_spec
 
 class Job(Protocol):
     """What one call does, besides its tensors."""
+
+    @property
+    def call(self) -> Call:
+        """The call."""
+
+    @property
+    def label(self) -> str:
+        """Whose it is, for messages."""
+
+    def away(self, kept: Kept) -> list[str]:
+        """Names of those kept tensors that go elsewhere than to the device's memory."""
 
     def forward(self, x: Tensor, weights: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, Kept]:
         """The output `[tokens, h]`, and what is kept."""
@@ -52,6 +67,15 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     return _AS_IT_IS
 
 
+class _Owner:
+    """Owns a parcel in place of a saved tensor."""
+
+
+def _somebody_saves() -> bool:
+    """Whether somebody's hooks are given what autograd saves."""
+    return bool(torch._C._autograd._top_saved_tensors_default_hooks(False))
+
+
 class RecomputeFunction(torch.autograd.Function):
     """Run a job under autograd."""
 
@@ -60,8 +84,15 @@ class RecomputeFunction(torch.autograd.Function):
         """`x` is `[tokens, h]`, and so is the result."""
         with no_autocast(x):
             z, kept = job.forward(x, weights, inputs)
+        ctx.parcel = token = None
+        if away := {n: kept.pop(n) for n in job.away(kept) if kept[n].is_contiguous()}:
+            ctx.line = line(x.device, job.call.offload_dir)
+            token = torch.empty(0)
+            if _somebody_saves():  # and may let go of the token at once
+                ctx.owner = _Owner()
+            ctx.parcel = ctx.line.put(job.label, away, getattr(ctx, "owner", token))
         ctx.job, ctx.names = job, list(kept)
-        ctx.save_for_backward(*inputs, *weights, *kept.values())
+        ctx.save_for_backward(*inputs, *weights, *kept.values(), token)
         return z
 
     @staticmethod
@@ -75,8 +106,10 @@ class RecomputeFunction(torch.autograd.Function):
             )
         job, count = ctx.job, len(Inputs._fields)
         saved = ctx.saved_tensors
-        split = len(saved) - len(ctx.names)
-        kept = dict(zip(ctx.names, saved[split:], strict=True))
+        split = len(saved) - 1 - len(ctx.names)
+        kept = dict(zip(ctx.names, saved[split:-1], strict=True))
+        if ctx.parcel is not None:
+            kept |= ctx.line.get(ctx.parcel)
         with no_autocast(dz):
             dx, grads = job.backward(
                 dz.contiguous(), saved[count:split], Inputs(*saved[:count]), kept
@@ -105,6 +138,7 @@ class HalfJob:
         wanted: the names that want a gradient, `INPUT` for the half's input.
         needs: what the backward pass has to give.
         keep: names of what the forward pass keeps.
+        policy: what it keeps, and where.
     """
 
     call: Call
@@ -113,6 +147,16 @@ class HalfJob:
     wanted: frozenset[str]
     needs: Needs
     keep: frozenset[str]
+    policy: Policy
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return "the attention half" if self.half == "attn" else "the FFN half"
+
+    def away(self, kept: Kept) -> list[str]:
+        """Names of those kept tensors that go elsewhere."""
+        return sorted(offloaded(self.policy, frozenset(kept)))
 
     def _cast(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
         return cast_weights(dict(zip(self.names, weights, strict=True)), self.call.compute_dtype)
@@ -150,7 +194,7 @@ def _half_job(
         reads = ffn_reads(call.spec, policy, needs)
     else:
         reads = attention_reads(call.spec, policy, needs, read_mid=False)
-    return HalfJob(call, half, names, wanted, needs, reads.kept)
+    return HalfJob(call, half, names, wanted, needs, reads.kept, policy)
 
 
 def _half(

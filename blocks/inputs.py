@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -245,6 +247,7 @@ def _call(
     max_seqlen: int | None,
     lossy: bool,
     attention: bool,
+    offload_dir: Path | None,
 ) -> Call:
     """The call, the same one for the same question."""
     width = max(spec.hidden_size, spec.q_size)
@@ -263,6 +266,7 @@ def _call(
         ffn_strategy=ffn_strategy,
         dropout=dropout,
         max_seqlen=max_seqlen,
+        offload_dir=offload_dir,
     )
 
 
@@ -281,6 +285,7 @@ def prepare(
     lossy: bool = False,
     layers: int = 1,
     attention: bool = True,
+    offload_dir: Path | None = None,
 ) -> tuple[Call, Inputs]:
     """Check a call's arguments and put them in order.
 
@@ -298,6 +303,7 @@ def prepare(
         lossy: whether something is kept in eight bits.
         layers: how many layers the call runs through: each drops out with a seed of its own.
         attention: whether the call has an attention half.
+        offload_dir: folder of the files that offloaded tensors go to; None: host memory.
 
     Raises:
         TypeError: for something of the wrong kind or dtype.
@@ -332,7 +338,7 @@ def prepare(
         seed = torch.randint(2**63 - 1, (layers,), device=x.device, dtype=torch.int64)
     call = _call(
         spec, x.shape[0], x.shape[1], x.dtype, _autocast_dtype(x), x.device, chunk_size, impl,
-        ffn_strategy, dropout, max_seqlen, lossy, attention,
+        ffn_strategy, dropout, max_seqlen, lossy, attention, offload_dir,
     )  # fmt: skip
     if impl == "sdpa" and attention:
         core = library_attention(
@@ -352,6 +358,23 @@ def check_impl(impl: str, ffn_strategy: str = "auto") -> None:
                 f"{name} is {value!r}, expected one of {', '.join(options)}"
                 + nearest(value, options)
             )
+
+
+def check_offload_dir(folder: str | Path | None) -> Path | None:
+    """The folder a user gave for offloaded tensors.
+
+    Raises:
+        TypeError: for something that is no path.
+        ValueError: for a folder that is not there, or that nothing can be written to.
+    """
+    if folder is None:
+        return None
+    if not isinstance(folder, str | Path):
+        raise TypeError(f"offload_dir is {folder!r}, expected the path of a folder, or None")
+    path = Path(folder).expanduser().resolve()
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(f"offload_dir is {str(folder)!r}, expected a folder one can write to")
+    return path
 
 
 def check_chunk_size(chunk_size: int | None) -> int | None:

@@ -92,6 +92,29 @@ def half_needs(spec: BlockSpec, half: str, wanted: frozenset[str], need_input: b
     )
 
 
+#: Kept tensors that may be offloaded -> the activation whose action says so. LSE, the norms'
+#: statistics and the scales of eight bits are small, and stay.
+OFFLOADED_WITH = {
+    "x": "x",
+    "qkv": "qkv",
+    "attn_out": "attn_out",
+    "mid": "mid",
+    "attn_branch": "mid",
+    "preact": "preact",
+    "ffn_branch": "preact",
+}
+
+
+@cache
+def offloaded(policy: Policy, kept: frozenset[str]) -> frozenset[str]:
+    """Names of those kept tensors that are kept elsewhere than on the device."""
+    return frozenset(
+        name
+        for name, activation in OFFLOADED_WITH.items()
+        if name in kept and getattr(policy, activation) == "offload"
+    )
+
+
 class Reads(NamedTuple):
     """What a backward pass reads, by where it comes from.
 

@@ -8,12 +8,13 @@ knows their shapes. Not counted: parameters (they are there anyway), and what al
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 
 from backfuse.kernels.reference.norm import accumulate_dtype
 
-from .keep import INPUT, block_reads
+from .keep import INPUT, block_reads, offloaded
 from .policy import Policy, PolicyLike
 from .spec import BlockSpec, check_spec
 
@@ -67,7 +68,7 @@ def kept_bytes(
     requires_grad: bool | Collection[str] = True,
     training: bool = True,
 ) -> dict[str, int]:
-    """Bytes that one block keeps between its forward and its backward pass.
+    """Bytes that one block keeps on the device between its forward and its backward pass.
 
     Args:
         spec: the block.
@@ -89,6 +90,35 @@ def kept_bytes(
         TypeError: for a spec, a dtype or names that are none.
         ValueError: for sizes, policies or names that do not exist.
     """
+    everything, away = _everything(
+        spec, policy, batch_size, seq_len, dtype, autocast_dtype, requires_grad, training
+    )
+    return {name: size for name, size in everything.items() if name not in away}
+
+
+def host_bytes(spec: BlockSpec, policy: PolicyLike, **sizes: Any) -> dict[str, int]:
+    """Bytes that one block keeps elsewhere: in host memory, or in files.
+
+    Arguments, result and errors as `kept_bytes`.
+    """
+    defaults = {
+        "dtype": torch.float32, "autocast_dtype": None, "requires_grad": True, "training": True
+    }  # fmt: skip
+    everything, away = _everything(spec, policy, **{**defaults, **sizes})
+    return {name: size for name, size in everything.items() if name in away}
+
+
+def _everything(
+    spec: BlockSpec,
+    policy: PolicyLike,
+    batch_size: int,
+    seq_len: int,
+    dtype: torch.dtype,
+    autocast_dtype: torch.dtype | None,
+    requires_grad: bool | Collection[str],
+    training: bool,
+) -> tuple[dict[str, int], frozenset[str]]:
+    """Bytes of everything that is kept, and the names of what is kept elsewhere."""
     check_spec(spec)
     check_sizes(batch_size, seq_len)
     check_dtype("dtype", dtype)
@@ -120,4 +150,4 @@ def kept_bytes(
     result = {name: tokens * size for name, size in per_token.items() if name in kept}
     if training and wanted and (spec.attention_dropout or spec.residual_dropout):
         result["seed"] = 8
-    return result
+    return result, offloaded(parsed, kept)

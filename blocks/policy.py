@@ -10,6 +10,7 @@ Five activations cost a GEMM to rebuild; a policy gives each an action:
 
 Everything else (normed inputs, roped q and k, softmax, the activated hidden) is never kept.
 
+`offload` keeps the activation in host memory, or in files (see `offload.py`).
 `fp8` keeps `preact` in eight bits (see `kernels/reference/fp8.py`). It is the one action that
 changes gradients, never the loss; no named policy has it: who writes it allows it.
 """
@@ -101,7 +102,7 @@ class Policy:
         return known[value]
 
     def check_available(self) -> None:
-        """Raise a ValueError if an action of this policy does not exist yet."""
+        """Raise a ValueError if an action of this policy does not exist."""
         if self._obstacle is not None:
             raise ValueError(self._obstacle)
 
@@ -109,11 +110,6 @@ class Policy:
     def _obstacle(self) -> str | None:
         for name in ACTIVATION_NAMES:
             action = getattr(self, name)
-            if action == "offload":
-                return (
-                    f"the action of {name} is 'offload', which needs the offload engine and is not "
-                    "available in this version; use 'keep' or 'recompute'"
-                )
             if action == "fp8" and name not in FP8_NAMES:
                 return (
                     f"the action of {name} is 'fp8', expected another one: only "
@@ -122,8 +118,8 @@ class Policy:
         return None
 
     def keeps(self, name: str) -> bool:
-        """Whether the activation of that name stays on the device."""
-        return bool(getattr(self, name) == "keep")
+        """Whether backward finds the activation as it was: on the device, or brought back to it."""
+        return getattr(self, name) in ("keep", "offload")
 
     @cached_property
     def lossy(self) -> bool:

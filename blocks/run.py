@@ -11,7 +11,7 @@ from torch import Tensor
 from .attention import AttentionHalf
 from .call import Call, Inputs, WeightGrads, cast_weights
 from .ffn import FFNHalf
-from .keep import INPUT, block_reads, ffn_reads, half_needs
+from .keep import INPUT, block_reads, ffn_reads, half_needs, offloaded
 from .policy import Policy
 
 Kept = dict[str, Tensor]
@@ -116,11 +116,23 @@ class RunJob:
         call: the call, the same for all layers.
         layers: the run.
         tree: how the run is cut; `0` for a single block.
+        label: whose run it is, for messages.
     """
 
     call: Call
     layers: tuple[Layer, ...]
     tree: Tree
+    label: str = "the block"
+
+    def away(self, kept: Kept) -> list[str]:
+        """Names of those kept tensors that go elsewhere."""
+        names = []
+        for index, layer in enumerate(self.layers):
+            own = frozenset(
+                name.removeprefix(f"{index}.") for name in kept if name.startswith(f"{index}.")
+            )
+            names += [f"{index}.{name}" for name in sorted(offloaded(layer.policy, own))]
+        return names
 
     def _passes(self, weights: Sequence[Tensor], inputs: Inputs, kept: Kept) -> list[LayerPass]:
         passes, start = [], 0

@@ -9,13 +9,14 @@ time. With `n` layers, `sqrt(n)` equal segments hold `2 sqrt(n)` inputs (Chen et
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .block import TransformerBlock
 from .function import run_job
-from .inputs import check_chunk_size, check_impl, check_weights, prepare
+from .inputs import check_chunk_size, check_impl, check_offload_dir, check_weights, prepare
 from .keep import INPUT
 from .policy import KEEP, Policy, PolicyLike
 from .replay import effective_policies
@@ -118,6 +119,7 @@ class BlockStack(nn.Module):
         chunk_size: see `TransformerBlock`.
         impl: see `TransformerBlock`.
         ffn_strategy: see `TransformerBlock`.
+        offload_dir: see `TransformerBlock`.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -135,6 +137,7 @@ class BlockStack(nn.Module):
         chunk_size: int | None = None,
         impl: str = "auto",
         ffn_strategy: str = "auto",
+        offload_dir: str | Path | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -145,6 +148,7 @@ class BlockStack(nn.Module):
         self.chunk_size = check_chunk_size(chunk_size)
         check_impl(impl, ffn_strategy)
         self.impl, self.ffn_strategy = impl, ffn_strategy
+        self.offload_dir = check_offload_dir(offload_dir)
         policies, parts = self._parse(policy, segments, num_layers)
         self.layers = nn.ModuleList(
             TransformerBlock(spec, chunk_size=chunk_size, device=device, dtype=dtype)
@@ -170,7 +174,7 @@ class BlockStack(nn.Module):
 
     def _assign(self, policies: list[Policy], parts: list[Segments]) -> None:
         for layer, policy in zip(self._blocks(), policies, strict=True):
-            layer.policy = policy.with_x("keep")
+            layer.policy = policy if policy.keeps("x") else policy.with_x("keep")
         self._segments = parts
 
     def set_policy(
@@ -212,6 +216,7 @@ class BlockStack(nn.Module):
             ffn_strategy=self.ffn_strategy,
             lossy=any(block.policy.lossy for block in self._blocks()),
             layers=len(self.layers),
+            offload_dir=self.offload_dir,
         )
         blocks = list(self._blocks())
         shapes = self.spec.parameters()
@@ -237,7 +242,7 @@ class BlockStack(nn.Module):
                 layers.append(Layer(policy, tuple(named), wanted))
                 flat += named.values()
             seed = inputs.seed if inputs.seed is None else inputs.seed[first:last]
-            job = RunJob(call, tuple(layers), _tree(part, 0))
+            job = RunJob(call, tuple(layers), _tree(part, 0), f"layers.{first}")
             hidden_states = run_job(job, inputs._replace(seed=seed), hidden_states, flat)
             first = last
         return hidden_states

@@ -55,7 +55,7 @@ def test_packed_and_masked(window):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"policy": "offload"}, "not available"),
+        ({"policy": {"x": "fp8"}}, "action of x is 'fp8'"),
         ({"lengths": [1, 2, 3]}, r"lengths is \[1, 2, 3\].*seq_len \(60\)"),
         ({"lengths": [-5, 65]}, "lengths is"),
         ({"lengths": [60], "batch_size": 2}, "batch_size of 2"),

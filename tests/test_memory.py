@@ -111,7 +111,7 @@ def test_names_of_what_is_kept():
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seq_len": 2.5}, "seq_len is 2.5"),
         ({"policy": "fulll"}, "did you mean 'full'"),
-        ({"policy": "offload"}, "not available"),
+        ({"policy": {"x": "fp8"}}, "action of x is 'fp8'"),
         ({"requires_grad": ["mlp.wrong"]}, "mlp.wrong"),
         ({"requires_grad": [1, "mlp.wrong"]}, r"requires_grad names \['mlp.wrong', 1\]"),
     ],

@@ -15,7 +15,7 @@ def test_named_policies_say_what_they_keep():
         "selective": {"preact"},
         "lean": {"qkv", "mid", "preact"},
         "full": {"qkv", "attn_out", "mid", "preact"},
-        "offload": {"x", "qkv", "attn_out", "mid", "preact"},
+        "offload": {"qkv", "mid", "preact"},
     }
     assert NAMED_POLICIES["offload"].x == NAMED_POLICIES["offload"].attn_out == "offload"
 
@@ -72,7 +72,6 @@ def test_repr_is_for_people():
 @pytest.mark.parametrize(
     "policy, message",
     [
-        ("offload", "the action of x is 'offload'.*not available in this version"),
         ({"qkv": "fp8"}, "the action of qkv is 'fp8'.*only preact can be kept in eight bits"),
         ({"x": "recompute"}, "expected one that keeps x.*BlockStack"),
     ],

@@ -126,7 +126,7 @@ def test_a_refused_change_changes_nothing():
     [
         ({"num_layers": 0}, ValueError, "num_layers is 0"),
         ({"policy": ["keep"] * 3}, ValueError, "policy holds 3 policies, expected one a layer"),
-        ({"policy": "offload"}, ValueError, "action of x is 'offload'.*not available"),
+        ({"policy": {"qkv": "fp8"}}, ValueError, "action of qkv is 'fp8'"),
         ({"policy": [{"x": "recompute"}] * 4}, ValueError, "first layer's policy recomputes x"),
         ({"segments": 0}, ValueError, "segments hold the size 0"),
         ({"segments": "2"}, TypeError, "segments hold '2'"),

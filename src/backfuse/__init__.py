@@ -3,7 +3,7 @@
 from backfuse.blocks.block import TransformerBlock
 from backfuse.blocks.flops import Flops, block_flops
 from backfuse.blocks.function import attention, ffn
-from backfuse.blocks.memory import kept_bytes
+from backfuse.blocks.memory import host_bytes, kept_bytes
 from backfuse.blocks.policy import NAMED_POLICIES, Policy
 from backfuse.blocks.spec import BlockSpec
 from backfuse.blocks.stack import BlockStack
@@ -22,6 +22,7 @@ __all__ = [
     "attention",
     "block_flops",
     "ffn",
+    "host_bytes",
     "kept_bytes",
     "rope_cos_sin",
 ]
