@@ -169,7 +169,7 @@ def _attention(kernel: str, architecture: str, variant: str, config: Config) -> 
         args.pointer("delta", "fp32")
         args.scalars("stride_dt stride_dh stride_eb stride_eh stride_et")
     for name, block in tiles.items():
-        args.matrix(name, dtype, desc, *block)
+        args.matrix(name, dtype, desc, *(() if "VARLEN" in asked else (1,)), *block)
     args.scalars("stride_qt stride_qh stride_kt stride_kh stride_vt stride_vh")
     args.scalars("stride_lb stride_lh stride_lt")
     for name in {"attention_forward": ("out",), "attention_dq": ("dq",)}.get(kernel, ("dk", "dv")):

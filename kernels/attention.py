@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_configs import choose
-from .attention_launch import Launch, row_strides, rows_of
+from .attention_launch import Launch, row_strides
 from .attention_tiles import (
     LN2,
     LOG2E,
@@ -50,13 +50,14 @@ def _forward_step(
     stride_kt, stride_kh, stride_vt, stride_vh,
     scale, softcap, window, seed, slice_number, threshold, keep_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    SITE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, DESC: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SITE: tl.constexpr, VARLEN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    DESC: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: the running output, sums and maxima."""
     k_tile = load_rows(
-        k, first_k, col, keys, kv_head, stride_kt, stride_kh, BLOCK_N, BLOCK_D, HEAD_DIM, DESC
+        k, first_k, col, keys, kv_head, stride_kt, stride_kh,
+        BLOCK_N, BLOCK_D, HEAD_DIM, DESC, VARLEN,
     )  # [BLOCK_N, BLOCK_D]
     dots = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     scores, _ = score(dots, scale, softcap, SOFTCAP)
@@ -76,7 +77,8 @@ def _forward_step(
             seed, row, col, slice_number, threshold, keep_scale, SITE, BLOCK_M, BLOCK_N, False
         )
     v_tile = load_rows(
-        v, first_k, col, keys, kv_head, stride_vt, stride_vh, BLOCK_N, BLOCK_DV, V_DIM, DESC
+        v, first_k, col, keys, kv_head, stride_vt, stride_vh,
+        BLOCK_N, BLOCK_DV, V_DIM, DESC, VARLEN, MASKED,
     )  # [BLOCK_N, BLOCK_DV]
     acc = acc * shrink[:, None]
     acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
@@ -108,7 +110,8 @@ def attention_forward_kernel(
         kv_head = head // group
         offs_m = row + tl.arange(0, BLOCK_M)
         q_tile = load_rows(
-            q, first, row, queries, head, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, DESC
+            q, first, row, queries, head, stride_qt, stride_qh,
+            BLOCK_M, BLOCK_D, HEAD_DIM, DESC, VARLEN,
         )  # [BLOCK_M, BLOCK_D]
         acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
@@ -124,20 +127,20 @@ def attention_forward_kernel(
         )
         for col in range(full_lo, full_hi, BLOCK_N):
             acc, total, largest = _forward_step(
-                acc, total, largest, q_tile, k, v, first_k, queries, keys, shift, row, col, offs_m,
-                kv_head, stride_kt, stride_kh, stride_vt, stride_vh,
+                acc, total, largest, q_tile, k, v, first_k, queries, keys, shift, row, col,
+                offs_m, kv_head, stride_kt, stride_kh, stride_vt, stride_vh,
                 scale, softcap, window, seed, slice_number, threshold, keep_scale,
-                CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, False, PRECISION, DESC,
+                CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, VARLEN, False, PRECISION, DESC,
                 HEAD_DIM, BLOCK_D, V_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         left = (full_lo - lo) // BLOCK_N  # blocks before the full ones, and after
         for block in range(0, left + tl.cdiv(hi - full_hi, BLOCK_N)):
             col = tl.where(block < left, lo + block * BLOCK_N, full_hi + (block - left) * BLOCK_N)
             acc, total, largest = _forward_step(
-                acc, total, largest, q_tile, k, v, first_k, queries, keys, shift, row, col, offs_m,
-                kv_head, stride_kt, stride_kh, stride_vt, stride_vh,
+                acc, total, largest, q_tile, k, v, first_k, queries, keys, shift, row, col,
+                offs_m, kv_head, stride_kt, stride_kh, stride_vt, stride_vh,
                 scale, softcap, window, seed, slice_number, threshold, keep_scale,
-                CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, True, PRECISION, DESC,
+                CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, VARLEN, True, PRECISION, DESC,
                 HEAD_DIM, BLOCK_D, V_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         empty = total == 0.0
@@ -187,9 +190,9 @@ def attention_forward(
     grid, table = launch.query_grid(config.block_m)
     with on_device(q):
         attention_forward_kernel[grid](
-            rows_of(q, config.block_m, launch.desc),
-            rows_of(k, config.block_n, launch.desc),
-            rows_of(v, config.block_n, launch.desc),
+            launch.rows_of(q, config.block_m),
+            launch.rows_of(k, config.block_n),
+            launch.rows_of(v, config.block_n),
             sinks, out, lse, launch.cu_seqlens, launch.cu_seqlens_k, *table, seed,
             *launch.sizes,
             *row_strides(q), *row_strides(k), *row_strides(v), *row_strides(out),

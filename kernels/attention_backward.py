@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_configs import choose
-from .attention_launch import Launch, back_to_back, row_strides, rows_of
+from .attention_launch import Launch, back_to_back, row_strides
 from .attention_tiles import (
     LOG2E,
     block_of,
@@ -79,7 +79,8 @@ def _dkdv_step(
     mask_m = offs_m < queries
     place = (first + offs_m).to(tl.int64) if VARLEN else offs_m.to(tl.int64)
     q_tile = load_rows(
-        q, first, row, queries, head, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, DESC
+        q, first, row, queries, head, stride_qt, stride_qh,
+        BLOCK_M, BLOCK_D, HEAD_DIM, DESC, VARLEN, MASKED,
     )  # [BLOCK_M, BLOCK_D]
     dots = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     seen = mask_m[None, :]
@@ -90,7 +91,8 @@ def _dkdv_step(
     row_lse = _row_lse(lse, batch * stride_lb + head * stride_lh + place * stride_lt, mask_m)
     weights, tanh = _probabilities(dots, row_lse[None, :], scale, softcap, seen, SOFTCAP, MASKED)
     do_tile = load_rows(
-        dout, first, row, queries, head, stride_dt, stride_dh, BLOCK_M, BLOCK_DV, V_DIM, DESC
+        dout, first, row, queries, head, stride_dt, stride_dh,
+        BLOCK_M, BLOCK_DV, V_DIM, DESC, VARLEN, MASKED,
     )  # [BLOCK_M, BLOCK_DV]
     dweights = tl.dot(v_tile, do_tile.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     dropped = weights
@@ -107,8 +109,6 @@ def _dkdv_step(
     dscores = weights * (dweights - row_delta[None, :])
     if SOFTCAP:
         dscores *= 1.0 - tanh * tanh
-    if MASKED:  # what stands past a sequence's end is not said, and may be infinite times 0
-        dscores = tl.where(seen, dscores, 0.0)
     dk = tl.dot(dscores.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -136,10 +136,12 @@ def attention_dkdv_kernel(
     if col >= 0 if VARLEN else keys > 0:  # a block that there is
         offs_n = col + tl.arange(0, BLOCK_N)
         k_tile = load_rows(
-            k, first_k, col, keys, kv_head, stride_kt, stride_kh, BLOCK_N, BLOCK_D, HEAD_DIM, DESC
+            k, first_k, col, keys, kv_head, stride_kt, stride_kh,
+            BLOCK_N, BLOCK_D, HEAD_DIM, DESC, VARLEN,
         )
         v_tile = load_rows(
-            v, first_k, col, keys, kv_head, stride_vt, stride_vh, BLOCK_N, BLOCK_DV, V_DIM, DESC
+            v, first_k, col, keys, kv_head, stride_vt, stride_vh,
+            BLOCK_N, BLOCK_DV, V_DIM, DESC, VARLEN,
         )
         acc_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         acc_dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
@@ -189,13 +191,14 @@ def _dq_step(
     stride_kt, stride_kh, stride_vt, stride_vh,
     scale, softcap, window, seed, slice_number, threshold, keep_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    SITE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, DESC: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SITE: tl.constexpr, VARLEN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    DESC: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: adds to dQ."""
     k_tile = load_rows(
-        k, first_k, col, keys, kv_head, stride_kt, stride_kh, BLOCK_N, BLOCK_D, HEAD_DIM, DESC
+        k, first_k, col, keys, kv_head, stride_kt, stride_kh,
+        BLOCK_N, BLOCK_D, HEAD_DIM, DESC, VARLEN, MASKED,
     )  # [BLOCK_N, BLOCK_D]
     dots = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     offs_n = col + tl.arange(0, BLOCK_N)
@@ -206,7 +209,8 @@ def _dq_step(
         )
     weights, tanh = _probabilities(dots, row_lse[:, None], scale, softcap, seen, SOFTCAP, MASKED)
     v_tile = load_rows(
-        v, first_k, col, keys, kv_head, stride_vt, stride_vh, BLOCK_N, BLOCK_DV, V_DIM, DESC
+        v, first_k, col, keys, kv_head, stride_vt, stride_vh,
+        BLOCK_N, BLOCK_DV, V_DIM, DESC, VARLEN,
     )  # [BLOCK_N, BLOCK_DV]
     dweights = tl.dot(do_tile, v_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if DROPOUT:
@@ -247,10 +251,12 @@ def attention_dq_kernel(
         mask_m = offs_m < queries
         place = (first + offs_m).to(tl.int64) if VARLEN else offs_m.to(tl.int64)
         q_tile = load_rows(
-            q, first, row, queries, head, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, DESC
+            q, first, row, queries, head, stride_qt, stride_qh,
+            BLOCK_M, BLOCK_D, HEAD_DIM, DESC, VARLEN,
         )
         do_tile = load_rows(
-            dout, first, row, queries, head, stride_dt, stride_dh, BLOCK_M, BLOCK_DV, V_DIM, DESC
+            dout, first, row, queries, head, stride_dt, stride_dh,
+            BLOCK_M, BLOCK_DV, V_DIM, DESC, VARLEN,
         )
         row_lse = _row_lse(lse, batch * stride_lb + head * stride_lh + place * stride_lt, mask_m)
         row_delta = tl.load(
@@ -266,7 +272,7 @@ def attention_dq_kernel(
                 acc, q_tile, do_tile, row_lse, row_delta, k, v, first_k, queries, keys, shift,
                 row, col, offs_m, kv_head, stride_kt, stride_kh, stride_vt, stride_vh,
                 scale, softcap, window, seed, slice_number, threshold, keep_scale,
-                CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, False, PRECISION, DESC,
+                CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, VARLEN, False, PRECISION, DESC,
                 HEAD_DIM, BLOCK_D, V_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         left = (full_lo - lo) // BLOCK_N
@@ -276,7 +282,7 @@ def attention_dq_kernel(
                 acc, q_tile, do_tile, row_lse, row_delta, k, v, first_k, queries, keys, shift,
                 row, col, offs_m, kv_head, stride_kt, stride_kh, stride_vt, stride_vh,
                 scale, softcap, window, seed, slice_number, threshold, keep_scale,
-                CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, True, PRECISION, DESC,
+                CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, VARLEN, True, PRECISION, DESC,
                 HEAD_DIM, BLOCK_D, V_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         offs_d = tl.arange(0, BLOCK_D)[None, :]
@@ -338,8 +344,8 @@ def attention_backward(
     with on_device(q):
         grid, table = launch.key_grid(keys.block_n)
         attention_dkdv_kernel[grid](
-            rows_of(q, keys.block_m, launch.desc), rows_of(k, keys.block_n, launch.desc),
-            rows_of(v, keys.block_n, launch.desc), rows_of(dout, keys.block_m, launch.desc),
+            launch.rows_of(q, keys.block_m), launch.rows_of(k, keys.block_n),
+            launch.rows_of(v, keys.block_n), launch.rows_of(dout, keys.block_m),
             lse, delta, dk, dv, launch.cu_seqlens, launch.cu_seqlens_k, *table, seed,
             *launch.sizes,
             *strides, *row_strides(dk), *row_strides(dv), *launch.numbers,
@@ -348,10 +354,10 @@ def attention_backward(
         )  # fmt: skip
         grid, table = launch.query_grid(queries.block_m)
         attention_dq_kernel[grid](
-            rows_of(q, queries.block_m, launch.desc),
-            rows_of(k, queries.block_n, launch.desc),
-            rows_of(v, queries.block_n, launch.desc),
-            rows_of(dout, queries.block_m, launch.desc),
+            launch.rows_of(q, queries.block_m),
+            launch.rows_of(k, queries.block_n),
+            launch.rows_of(v, queries.block_n),
+            launch.rows_of(dout, queries.block_m),
             lse, delta, dq, launch.cu_seqlens, launch.cu_seqlens_k, *table, seed,
             *launch.sizes,
             *strides, *row_strides(dq), *launch.numbers,

@@ -94,16 +94,6 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
 
 
-def rows_of(x: Tensor, rows: int, desc: bool) -> Any:
-    """Heads `[batch, tokens, heads, dim]` as a kernel takes them: a pointer, or a descriptor of
-    `[batch * tokens, heads * dim]`, whose heads stand side by side."""
-    if not desc:
-        return x
-    batch, tokens, heads, head_dim = x.shape
-    flat = x.as_strided((batch * tokens, heads * head_dim), (row_strides(x)[0], 1))
-    return operand(flat, described(layout(flat), rows, head_dim))
-
-
 def side_by_side(x: Tensor, block_d: int) -> bool:
     """Whether a descriptor can load blocks of one head: no channel of the next one is in them."""
     return x.shape[3] == block_d and x.stride(2) == block_d
@@ -178,6 +168,20 @@ class Launch:
             "V_DIM": v_dim,
             "BLOCK_DV": block_dv,
         }
+
+    def rows_of(self, x: Tensor, rows: int) -> Any:
+        """Heads `[batch, tokens, heads, dim]` as a kernel takes them: a pointer, or a descriptor of
+        `[batch, tokens, heads * dim]` (packed: without the batch), heads side by side."""
+        if not self.desc:
+            return x
+        batch, tokens, heads, head_dim = x.shape
+        stride = row_strides(x)[0]
+        if self.cu_seqlens is not None:
+            flat = layout(x)._replace(shape=(tokens, heads * head_dim), strides=(stride, 1))
+            return operand(x, described(flat, rows, head_dim))
+        shape, strides = (batch, tokens, heads * head_dim), (tokens * stride, stride, 1)
+        flat = layout(x)._replace(shape=shape, strides=strides)
+        return operand(x, described(flat, 1, rows, head_dim))
 
     def query_grid(self, block: int) -> tuple[tuple[int, int, int], tuple[Any, Any]]:
         """The grid of blocks of queries, and the table that says where they are."""

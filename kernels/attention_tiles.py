@@ -41,14 +41,22 @@ def load_rows(
     BLOCK_D: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DESC: tl.constexpr,
+    VARLEN: tl.constexpr,
+    CLEAN: tl.constexpr = False,
 ):
     """`[BLOCK_ROW, BLOCK_D]`: rows of one head of a sequence that begins at `first`.
 
-    Zeros outside of the head; what stands past the sequence's end is not said, and finite: the
-    next sequence's rows, or zeros.
+    Zeros outside of the head, and past the sequence's end: but packed sequences, loaded through a
+    descriptor, have the next one's rows there, unless CLEAN is asked for. It must be where such a
+    row meets a weight of 0 in a sum, for it may hold a NaN.
     """
-    if DESC:
+    if DESC and not VARLEN:
+        tile = source.load([tl.program_id(2), row, head * HEAD_DIM]).reshape(BLOCK_ROW, BLOCK_D)
+    elif DESC:
         tile = source.load([(first + row).to(tl.int32), head * HEAD_DIM])
+        if CLEAN:
+            inside = row + tl.arange(0, BLOCK_ROW) < rows
+            tile = tl.where(inside[:, None], tile, tl.zeros_like(tile))
     else:
         offs_row, offs_d = row + tl.arange(0, BLOCK_ROW), tl.arange(0, BLOCK_D)
         pointers = source + (first + offs_row).to(tl.int64)[:, None] * stride_row

@@ -237,3 +237,35 @@ def test_more_than_two_billion_elements():
     tail, tail_lse = fused.attention_forward(last, last, last, mask)
     assert (out[:, -256:] - tail[:, -256:]).abs().max() < 0.02
     assert (lse[..., -256:] - tail_lse[..., -256:]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nothing_of_a_neighbour_spreads(packed, poison, poisoned_empty):
+    """The rows past a sequence's end are those of the next one: descriptors load them too."""
+    q, k, v = (x.contiguous() for x in heads(2, 40, 2, 1, 16, torch.float32))
+    dout = torch.randn_like(q)
+    cu_seqlens = None
+    if packed:
+        q, k, v, dout = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v, dout))
+        cu_seqlens = torch.tensor([0, 40, 80], dtype=torch.int32, device=DEVICE)
+
+    def run():
+        mask = AttentionMask(dropout=0.2)
+        options = {"cu_seqlens": cu_seqlens, "seed": torch.tensor([3], device=DEVICE)}
+        out, lse = attention_forward(q, k, v, mask, **options)
+        delta = (out * dout).sum(-1).transpose(1, 2)
+        return [out, *attention_backward(dout, q, k, v, lse, mask, delta, **options)[:3]]
+
+    clean = [x.flatten(0, 1)[:40].clone() for x in run()]
+    for x in (q, k, v, dout):
+        x.flatten(0, 1)[40:] = poison
+    assert all(map(torch.equal, clean, (x.flatten(0, 1)[:40] for x in run())))
+
+
+def test_configurations_that_would_be_wrong_do_not_compile():
+    q, k, v = heads(1, 20, 1, 1, 16, torch.float32)
+    seed = torch.tensor([3], device=DEVICE)
+    mask = AttentionMask(dropout=0.1)
+    with pytest.raises(Exception, match="keys drop out in groups of four"):
+        attention_forward(q, k, v, mask, seed=seed, config=Config(32, 2, 16, 4, 1))

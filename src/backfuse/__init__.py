@@ -1,6 +1,7 @@
 """Transformer blocks that choose, tensor by tensor, what to keep for the backward pass."""
 
 from backfuse.blocks.block import TransformerBlock
+from backfuse.blocks.flash_attention import flash_attention
 from backfuse.blocks.flops import Flops, block_flops
 from backfuse.blocks.function import attention, ffn
 from backfuse.blocks.memory import host_bytes, kept_bytes
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "block_flops",
     "ffn",
+    "flash_attention",
     "host_bytes",
     "kept_bytes",
     "rope_cos_sin",
