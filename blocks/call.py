@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backfuse.kernels.cores.choose import Core
 from backfuse.kernels.dispatch import Operations
+from backfuse.kernels.reference.attention_request import AttentionRequest
 from backfuse.kernels.reference.dropout import dropout_rows_
 from backfuse.kernels.reference.explicit_attention import AttentionMask
 from backfuse.kernels.reference.linear import (
@@ -68,7 +70,7 @@ class Call:
         compute_dtype: of the GEMMs' operands: autocast's, or the weights'.
         chunk_size: tokens a chunk.
         ops: the kernels, or their reference.
-        core: whose attention runs: the kernels' or the reference's.
+        core: whose attention runs (see `kernels/cores`).
         ffn_strategy: how the kernels rebuild a pre-activation (see `kernels/ffn_recompute.py`).
         dropout: whether dropout is active.
         max_seqlen: longest packed sequence, where the caller knows it.
@@ -80,7 +82,7 @@ class Call:
     compute_dtype: torch.dtype
     chunk_size: int
     ops: Operations
-    core: Operations
+    core: Operations | Core
     ffn_strategy: str = "auto"
     dropout: bool = False
     max_seqlen: int | None = None
@@ -103,6 +105,18 @@ class Call:
             dropout=spec.attention_dropout if self.dropout else 0.0,
             site=SITES["scores"],
             max_seqlen=self.max_seqlen,
+        )
+
+    def attention_request(self, inputs: Inputs, device: torch.device) -> AttentionRequest:
+        """What decides which core can do it."""
+        return AttentionRequest(
+            mask=self.mask,
+            dtype=self.compute_dtype,
+            device=device,
+            tokens=self.seq_len,
+            head_dim=self.spec.head_dim,
+            bias=inputs.attention_mask is not None,
+            packed=inputs.cu_seqlens is not None,
         )
 
 
@@ -213,9 +227,7 @@ class NormUse:
         kept: what an earlier pass kept: its statistics are read where they are there.
     """
 
-    def __init__(
-        self, call: Call, weights: Weights, role: str, kept: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, call: Call, weights: Weights, role: str, kept: Mapping[str, Tensor]) -> None:
         self.call = call
         self.spec = call.spec.norm_spec
         self.name = call.spec.norm_names[role]

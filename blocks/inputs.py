@@ -11,7 +11,7 @@ from torch import Tensor
 from backfuse.kernels.dispatch import (
     FFN_STRATEGIES,
     IMPLEMENTATIONS,
-    library_attention,
+    attention_core,
     operations,
 )
 
@@ -237,7 +237,7 @@ def prepare(
         max_seqlen: the longest of them, which spares a GPU a host synchronisation.
         training: whether dropout is active.
         chunk_size: tokens a chunk; None: the device's default.
-        impl: `"auto"`, `"triton"` or `"reference"` (see `kernels/dispatch.py`).
+        impl: a name from `IMPLEMENTATIONS` (see `kernels/dispatch.py`).
         ffn_strategy: `"auto"`, `"split"` or `"fused"` (see `kernels/ffn_recompute.py`).
         lossy: whether something is kept in eight bits.
         layers: how many layers the call runs through: each drops out with a seed of its own.
@@ -291,12 +291,11 @@ def prepare(
         dropout=dropout,
         max_seqlen=max_seqlen,
     )
-    if impl == "sdpa" and attention:
-        core = library_attention(
-            call.mask, compute_dtype, device, head_dim, call.seq_len, attention_mask
-        )
+    inputs = Inputs(cos, sin, attention_mask, cu_seqlens, seed)
+    if attention:
+        core = attention_core(impl, ops, call.attention_request(inputs, device))
         call = replace(call, core=core)
-    return call, Inputs(cos, sin, attention_mask, cu_seqlens, seed)
+    return call, inputs
 
 
 def check_impl(impl: str, ffn_strategy: str = "auto") -> None:

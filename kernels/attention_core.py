@@ -5,22 +5,15 @@ Both keep the same, O and LSE, and both are deterministic: no atomics.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .attention import attention_forward as kernel_forward
 from .attention_backward import attention_backward as kernel_backward
+from .reference.attention_request import AttentionRequest
 from .reference.explicit_attention import AttentionMask, explicit_backward, explicit_forward
 
 
-def needs_delta(
-    mask: AttentionMask,
-    dtype: torch.dtype,
-    device: torch.device,
-    head_dim: int,
-    tokens: int,
-    bias: Tensor | None,
-) -> bool:
+def needs_delta(request: AttentionRequest) -> bool:
     """Always: see `reference.attention.needs_delta`."""
     return True
 
