@@ -84,8 +84,7 @@ def same_bits(core: str) -> bool:
     return core != "cudnn" and (core != "flash" or strictly_deterministic())
 
 
-def _needs(least: tuple[int, ...], found: tuple[int, int]) -> str:
-    wanted = ".".join(map(str, least))
+def _needs(wanted: str, found: tuple[int, int]) -> str:
     there = f"the GPU's is {found[0]}.{found[1]}" if found[0] else "there is no such GPU"
     return f"needs compute capability {wanted}, and {there}"
 
@@ -94,7 +93,7 @@ def _flash(request: AttentionRequest, found: tuple[int, int]) -> str | None:
     if torch.version.hip:
         return None
     if found < (8, 0):
-        return _needs((8, 0), found)
+        return _needs("8.0 or higher", found)
     small = (8, 6) <= found <= (8, 9) or found[0] == 12
     if small and 192 < request.head_dim <= 224:
         return f"has no backward for heads of 193 to 224 channels, and they have {request.head_dim}"
@@ -106,7 +105,7 @@ def _cudnn(request: AttentionRequest, found: tuple[int, int]) -> str | None:
     if version is None or version < 90000:
         return f"needs cuDNN 9, and this PyTorch has {version or 'none'}"
     if found < (8, 0):
-        return _needs((8, 0), found)
+        return _needs("8.0 or higher", found)
     if strictly_deterministic():
         return "is not deterministic, and torch.use_deterministic_algorithms(True) is on"
     if request.tokens == 1:
@@ -121,11 +120,11 @@ def _cudnn(request: AttentionRequest, found: tuple[int, int]) -> str | None:
 
 
 def _fa3(request: AttentionRequest, found: tuple[int, int]) -> str | None:
-    return FA3.lacks(request) if found[0] == 9 else _needs((9,), found)
+    return FA3.lacks(request) if found[0] == 9 else _needs("9", found)
 
 
 def _fa4(request: AttentionRequest, found: tuple[int, int]) -> str | None:
-    return FA4.lacks(request) if found[0] in (9, 10) else _needs((9,), found)
+    return FA4.lacks(request) if found[0] in (9, 10) else _needs("9 or 10", found)
 
 
 #: Core -> what else may be in the way: the GPU, versions, what is installed.

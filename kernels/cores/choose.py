@@ -25,6 +25,9 @@ from .prototypes import FA3, FA4, FlashPrototype
 #: A module or an object with `attention_forward`, `attention_backward` and `needs_delta`.
 Core = ModuleType | FlashPrototype
 
+#: PyTorch's by type of device, the first choice first.
+PYTORCHS = {"cpu": ["cpu"], "cuda": ["flash", "cudnn"]}
+
 #: Those that are not ours, on a GPU.
 BORROWED = ("flash", "cudnn", "fa3", "fa4")
 
@@ -86,7 +89,7 @@ def choose(impl: str, own: str, request: AttentionRequest) -> str:
         ValueError: for a core that cannot do it: which one, what was asked, and why not.
     """
     if impl == "sdpa":
-        cores = ["cpu"] if request.device.type == "cpu" else ["flash", "cudnn"]
+        cores = PYTORCHS.get(request.device.type, PYTORCHS["cuda"])
     else:
         cores = [impl] if impl in ("fa3", "fa4") else [own]
     obstacles = {core: obstacle(core, request) for core in cores}

@@ -95,6 +95,8 @@ class FlashPrototype:
         flash: FlashCall,
         tensors: dict[str, Any],
     ) -> Any:
+        if self.missing is not None:  # the kernels are loaded by looking
+            raise RuntimeError(f"{self.name} {self.missing}")
         function = self._function(direction)
         options: dict[str, Any] = dict.fromkeys(LONGEST, flash.longest)
         for name, size in zip(WINDOW, flash.window, strict=True):
