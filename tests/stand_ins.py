@@ -11,7 +11,6 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from conftest import DEVICE
-from torch.nn.attention import _fa4
 
 from backfuse.kernels.cores import abilities, cudnn, flash, prototypes
 from backfuse.kernels.reference.explicit_attention import (
@@ -212,14 +211,15 @@ def install(monkeypatch, *cores):
         operators = torch.ops.flash_attn_3
         monkeypatch.setattr(operators, "fwd", _fa3_forward, raising=False)
         monkeypatch.setattr(operators, "bwd", _fa3_backward, raising=False)
+        for name in ("_FA3_CUDA_FWD", "_FA3_CUDA_BWD"):
+            monkeypatch.setattr(f"torch.nn.attention._fa3.{name}", None, raising=False)
     if "fa4" in cores:
         interface = ModuleType("stand-in")
         interface._flash_attn_fwd, interface._flash_attn_bwd = _fa4_forward, _fa4_backward
         packages = ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface")
         for name in packages:
             monkeypatch.setitem(sys.modules, name, interface)
-    for name in ("_fa3._FA3_CUDA_FWD", "_fa3._FA3_CUDA_BWD", "_fa4._FA4_MODULE_PATH"):
-        monkeypatch.setattr(f"torch.nn.attention.{name}", None, raising=False)
+        monkeypatch.setattr("torch.nn.attention._fa4._FA4_MODULE_PATH", None, raising=False)
     forget()
     for prototype in (prototypes.FA3, prototypes.FA4):
         if prototype.name in cores and prototype.missing is not None:
@@ -232,4 +232,6 @@ def forget():
     """Look anew for FlashAttention 3 and 4."""
     for prototype in (prototypes.FA3, prototypes.FA4):
         prototype.__dict__.pop("missing", None)
-    getattr(_fa4._fa4_import_module, "cache_clear", lambda: None)()
+    module = sys.modules.get("torch.nn.attention._fa4")
+    loader = getattr(module, "_fa4_import_module", None)
+    getattr(loader, "cache_clear", lambda: None)()

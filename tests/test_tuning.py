@@ -12,6 +12,7 @@ from backfuse.bench import tune as module
 from backfuse.bench import tune_attention
 from backfuse.bench.shapes import SHAPES
 from backfuse.bench.tune import frame, run, tune, tune_cores
+from backfuse.cli import main
 from backfuse.kernels import ffn_recompute, tuning
 from backfuse.kernels.configs import CONFIGS, Config, architecture, choose
 from backfuse.kernels.cores.prototypes import FA3, FA4
@@ -286,6 +287,12 @@ def test_only_what_can_do_it_is_measured(cores):
     tune_cores([request], 2, 1, timer=timer([5.0, 1.0, 4.0, 2.0, 3.0]))
     assert "cudnn" not in attention_times(request)
     assert attention_times(attention_request()) == {}
+
+
+def test_lengths_that_are_no_integers(capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "--seq-lens", "1024,4k"])
+    assert "'1024,4k', expected integers such as 1024,4096" in capsys.readouterr().err
 
 
 def test_the_command_measures_both_parts(monkeypatch, capsys):

@@ -24,7 +24,7 @@ MISSING = {"attention sinks", "other head dim of v"}
 #: Core -> what it can do. Whether our kernels run on a device is `dispatch.py`'s question.
 ABILITIES: dict[str, Abilities] = {
     "triton": Abilities(
-        "our kernels", EXTRAS - MISSING, (torch.float32, *HALF), max_head_dim=256
+        "Triton attention", EXTRAS - MISSING, (torch.float32, *HALF), max_head_dim=256
     ),
     "reference": Abilities("the reference", EXTRAS - MISSING),
     "cpu": CPU,
