@@ -1,13 +1,13 @@
-"""`backfuse tune`: measures the FFN kernels' configurations and strategies on this device.
+"""`backfuse tune`: measures the FFN kernels' configurations and strategies, and attention cores.
 
 The fastest configuration of every kernel, and `fused` instead of `split` where that is faster *and*
 gives the same bits: only then do policies that keep and policies that rebuild agree. What is found
-goes to the file that the launchers read (see `kernels/tuning.py`).
+goes to the file that the launchers read (see `kernels/tuning.py`). Attention: `tune_attention.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,11 +20,18 @@ from backfuse.kernels import fused
 from backfuse.kernels.configs import CONFIGS, Config, architecture, fits, table_of
 from backfuse.kernels.ffn_up import ffn_up
 from backfuse.kernels.launch import DTYPES as KERNEL_DTYPES
-from backfuse.kernels.tuning import Shape, Tuning, save
+from backfuse.kernels.reference.attention_request import AttentionRequest
+from backfuse.kernels.tuning import Shape, Tuning, save, save_attention
 
+from . import tune_attention
 from .measure import kernel_seconds
 from .options import DTYPES, check_device, check_positive, choose, progress_bar
 from .shapes import SHAPES
+
+PARTS = ("ffn", "attention")
+
+#: Lengths that attention is measured at.
+SEQ_LENS = (1024, 2048, 4096, 8192, 16384, 32768)
 
 #: Milliseconds of a call.
 Timer = Callable[[Callable[[], Any]], float]
@@ -177,21 +184,31 @@ def tune(
 def run(
     *,
     shape: str = "llama-3-8b",
+    parts: Sequence[str] = PARTS,
     hidden_size: int | None = None,
     intermediate_size: int | None = None,
     dtype: str = "bf16",
     tokens: int = 4096,
+    seq_lens: Sequence[int] = SEQ_LENS,
+    window: int | None = None,
+    packed: bool = False,
     device: str = "cuda",
+    timer: Timer = device_milliseconds,
 ) -> int:
-    """The command: measures, prints, keeps.
+    """The command: measures, prints, keeps. What is done when it is interrupted is kept.
 
     Args:
         shape: a name from `SHAPES`.
-        hidden_size: instead of the shape's.
-        intermediate_size: instead of the shape's.
+        parts: names from `PARTS`: what is measured.
+        hidden_size: of the FFN, instead of the shape's.
+        intermediate_size: likewise.
         dtype: a name from `DTYPES`.
-        tokens: rows of a call.
+        tokens: rows of a call of the FFN.
+        seq_lens: of attention; each stands for the lengths up to the next power of two.
+        window: of attention, instead of the shape's.
+        packed: whether attention is over packed sequences.
         device: a GPU.
+        timer: how a call is timed.
 
     Returns:
         The exit code, 0.
@@ -201,22 +218,66 @@ def run(
         OSError: if the file cannot be written.
     """
     choose("shape", shape, SHAPES)
+    for part in parts:
+        choose("parts", part, PARTS)
     spec = SHAPES[shape]
     h = spec.hidden_size if hidden_size is None else hidden_size
     f = spec.intermediate_size if intermediate_size is None else intermediate_size
-    for name, value in {"hidden_size": h, "intermediate_size": f, "tokens": tokens}.items():
+    sizes = [("hidden_size", h), ("intermediate_size", f), ("tokens", tokens)]
+    sizes += [("seq_lens", length) for length in seq_lens]
+    sizes += [] if window is None else [("window", window)]
+    for name, value in sizes:
         check_positive(name, value)
     choose("dtype", dtype, [name for name, d in DTYPES.items() if d in KERNEL_DTYPES])
     check_device(device)
     if torch.device(device).type != "cuda":
         raise ValueError("device is 'cpu', expected 'cuda': a CPU has no kernels to tune")
     place = torch.device("cuda", torch.cuda.current_device())
-    measured = Shape(h, f, spec.gated, DTYPES[dtype])
-    best, rows = tune(measured, place, kind=spec.hidden_act, tokens=tokens)
-    print(frame(rows).to_string(index=False))
-    print(f"a dropped preact is rebuilt by: {best.strategy}")
-    print(f"wrote {save(measured, place, best)}")
+    if "ffn" in parts:
+        measured = Shape(h, f, spec.gated, DTYPES[dtype])
+        best, rows = tune(measured, place, kind=spec.hidden_act, tokens=tokens, timer=timer)
+        print(frame(rows).to_string(index=False))
+        print(f"a dropped preact is rebuilt by: {best.strategy}")
+        print(f"wrote {save(measured, place, best)}")
+    if "attention" in parts:
+        requests = [
+            tune_attention.request_of(
+                spec, DTYPES[dtype], place, length, window=window, packed=packed
+            )
+            for length in seq_lens
+        ]
+        tune_cores(requests, spec.num_attention_heads, spec.num_key_value_heads, timer=timer)
     return 0
+
+
+def tune_cores(
+    requests: Sequence[AttentionRequest],
+    heads: int,
+    kv_heads: int,
+    *,
+    timer: Timer = device_milliseconds,
+) -> None:
+    """Measure attention cores, print the table, and keep each request's times once they are there.
+
+    Args:
+        requests: what is asked for.
+        heads: of q.
+        kv_heads: of k and v.
+        timer: how a call is timed.
+    """
+    rows: list[tune_attention.AttentionRow] = []
+    path = None
+    total = len(requests) * len(tune_attention.NAMES)
+    try:
+        with progress_bar(total=total, unit="core") as bar:
+            for request in requests:
+                found = tune_attention.measure(request, heads, kv_heads, timer=timer, bar=bar)
+                path = save_attention(request, {row.name: row.ms for row in found if row.kept})
+                rows += found
+    finally:
+        if rows:
+            print(tune_attention.frame(rows).to_string(index=False))
+            print(f"wrote {path}")
 
 
 def frame(rows: list[Row]) -> pd.DataFrame:

@@ -246,15 +246,10 @@ class AttentionHalf:
 
     def _new_delta(self, dout: Tensor) -> Tensor | None:
         """Room for delta, `[tokens, heads]`; None where the attention core makes its own."""
-        call, spec = self.call, self.spec
-        bias = self.inputs.attention_mask
-        if not call.core.needs_delta(
-            call.mask, dout.dtype, dout.device, spec.head_dim, call.seq_len, bias,
-            spec.v_head_dim, spec.attention_sinks,
-        ):  # fmt: skip
+        if not self.call.core.needs_delta(self.call.attention_request(self.inputs, dout.device)):
             return None
         return dout.new_empty(
-            len(dout), spec.num_attention_heads, dtype=accumulate_dtype(dout.dtype)
+            len(dout), self.spec.num_attention_heads, dtype=accumulate_dtype(dout.dtype)
         )
 
     def _backward_qkv(

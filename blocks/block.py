@@ -67,7 +67,8 @@ class TransformerBlock(nn.Module):
         chunk_size: tokens that the FFN and the projections work on at a time; None: the device's
             default (1,024 on a CPU, 4,096 on a GPU). It bounds the scratch of a pass.
         impl: which operations run: `"triton"` (kernels), `"reference"` (PyTorch), or `"auto"`: the
-            kernels for bf16 and fp16 on a GPU, else the reference.
+            kernels for bf16 and fp16 on a GPU, else the reference; `"sdpa"`, `"fa3"`, `"fa4"`: the
+            kernels with somebody else's attention (see `kernels/cores/choose.py`).
         ffn_strategy: how the kernels rebuild a dropped `preact`: `"split"` (into scratch),
             `"fused"` (inside the backward kernel), or `"auto"`: as measured on this device by
             `backfuse tune`, else split.

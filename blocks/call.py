@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backfuse.kernels.cores.choose import Core
 from backfuse.kernels.dispatch import Operations
+from backfuse.kernels.reference.attention_request import AttentionRequest
 from backfuse.kernels.reference.dropout import dropout_rows_
 from backfuse.kernels.reference.explicit_attention import AttentionMask
 from backfuse.kernels.reference.linear import (
@@ -70,7 +72,7 @@ class Call:
         autocast: whether it is autocast's.
         chunk_size: tokens a chunk.
         ops: the kernels, or their reference.
-        core: whose attention runs: the kernels' or the reference's.
+        core: whose attention runs (see `kernels/cores`).
         ffn_strategy: how the kernels rebuild a pre-activation (see `kernels/ffn_recompute.py`).
         dropout: whether dropout is active.
         max_seqlen: longest packed sequence, where the caller knows it.
@@ -84,7 +86,7 @@ class Call:
     autocast: bool
     chunk_size: int
     ops: Operations
-    core: Operations
+    core: Operations | Core
     ffn_strategy: str = "auto"
     dropout: bool = False
     max_seqlen: int | None = None
@@ -108,6 +110,20 @@ class Call:
             dropout=spec.attention_dropout if self.dropout else 0.0,
             site=SITES["scores"],
             max_seqlen=self.max_seqlen,
+        )
+
+    def attention_request(self, inputs: Inputs, device: torch.device) -> AttentionRequest:
+        """What decides which core can do it."""
+        return AttentionRequest(
+            mask=self.mask,
+            dtype=self.compute_dtype,
+            device=device,
+            tokens=self.seq_len,
+            head_dim=self.spec.head_dim,
+            v_head_dim=self.spec.v_head_dim,
+            bias=inputs.attention_mask is not None,
+            packed=inputs.cu_seqlens is not None,
+            sinks=self.spec.attention_sinks,
         )
 
 

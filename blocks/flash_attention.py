@@ -19,8 +19,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from backfuse.kernels.dispatch import Operations, library_attention, operations
+from backfuse.kernels.cores.choose import Core
+from backfuse.kernels.dispatch import Operations, attention_core, operations
 from backfuse.kernels.reference.attention_inputs import check_attention, check_offsets
+from backfuse.kernels.reference.attention_request import AttentionRequest
 from backfuse.kernels.reference.explicit_attention import AttentionMask
 from backfuse.kernels.reference.norm import accumulate_dtype
 from backfuse.kernels.reference.qk_rope import QKSpec
@@ -33,14 +35,14 @@ class Job(NamedTuple):
     """What one call does, besides its tensors.
 
     Attributes:
-        mask: what is visible, and the scores' treatment.
+        request: what is asked for; its mask says what is visible.
         ops: the kernels, or their reference.
         core: whose attention runs.
     """
 
-    mask: AttentionMask
+    request: AttentionRequest
     ops: Operations
-    core: Operations
+    core: Operations | Core
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -68,8 +70,8 @@ class FlashAttentionFunction(torch.autograd.Function):
         """The output, and LSE `[batch, heads, rows]`."""
         with no_autocast(q):
             out, lse = job.core.attention_forward(
-                *map(_readable, (q, k, v)), job.mask, sinks=sinks, cu_seqlens=cu_seqlens,
-                cu_seqlens_k=cu_seqlens_k, seed=seed,
+                _readable(q), _readable(k), _readable(v), job.request.mask, sinks=sinks,
+                cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, seed=seed,
             )  # fmt: skip
         ctx.job = job
         ctx.mark_non_differentiable(lse)
@@ -88,14 +90,10 @@ class FlashAttentionFunction(torch.autograd.Function):
         job, (q, k, v, sinks, cu_seqlens, cu_seqlens_k, seed, out, lse) = ctx.job, ctx.saved_tensors
         with no_autocast(q):
             q, k, v, dout, out = map(_readable, (q, k, v, dout, out))
-            unlike = cu_seqlens_k is not None or k.shape[1] != q.shape[1]
-            needs_delta = unlike or job.core.needs_delta(
-                job.mask, q.dtype, q.device, q.shape[3], q.shape[1], None, v.shape[3],
-                sinks is not None,
-            )  # fmt: skip
-            delta = _delta(job, out, dout) if needs_delta else None
+            delta = _delta(job, out, dout) if job.core.needs_delta(job.request) else None
             *grads, dsinks = job.core.attention_backward(
-                dout, q, k, v, out, lse, job.mask, delta=delta, sinks=sinks, cu_seqlens=cu_seqlens,
+                dout, q, k, v, out, lse, job.request.mask, delta=delta, sinks=sinks,
+                cu_seqlens=cu_seqlens,
                 cu_seqlens_k=cu_seqlens_k, seed=seed, need_dsinks=ctx.needs_input_grad[4],
             )  # fmt: skip
         wanted = zip(grads, ctx.needs_input_grad[1:4], strict=True)
@@ -189,9 +187,7 @@ def flash_attention(
         max_seqlen_q: the longest sequence, which spares a GPU a host synchronisation; for the same
             reason offsets on a GPU are then not looked at.
         max_seqlen_k: the longest sequence of keys, likewise.
-        impl: which operations run: `"triton"` (kernels), `"reference"` (PyTorch), `"sdpa"`
-            (PyTorch's own attention kernel), or `"auto"`: the kernels for bf16 and fp16 on a GPU,
-            else the reference.
+        impl: which operations run (see `TransformerBlock`).
         return_lse: whether LSE comes too.
 
     Returns:
@@ -236,18 +232,15 @@ def flash_attention(
         max_seqlen=max_seqlen_q,
     )
     check_attention(q, k, v, mask, sinks, cu_seqlens_q, cu_seqlens_k, seed)
-    widths = q.shape[3], v.shape[3]
-    ops = core = operations(impl, q.device, q.dtype, 0, max(widths))
-    if impl == "sdpa":
-        if cu_seqlens_k is not None or k.shape[1] != q.shape[1]:
-            raise ValueError(
-                "impl is 'sdpa', expected another one for keys of other lengths than queries'"
-            )
-        core = library_attention(
-            mask, q.dtype, q.device, widths[0], q.shape[1], None, widths[1], sinks is not None
-        )
+    ops = operations(impl, q.device, q.dtype, 0, max(q.shape[3], v.shape[3]))
+    request = AttentionRequest(
+        mask, q.dtype, q.device, q.shape[1], q.shape[3], v.shape[3],
+        packed=cu_seqlens_q is not None, sinks=sinks is not None,
+        unlike=cu_seqlens_k is not None or k.shape[1] != q.shape[1],
+    )  # fmt: skip
+    core = attention_core(impl, ops, request)
     out, lse = FlashAttentionFunction.apply(
-        Job(mask, ops, core), q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, seed
+        Job(request, ops, core), q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, seed
     )
     if cu_seqlens_q is not None:
         out, lse = out.squeeze(0), lse.squeeze(0)

@@ -1,8 +1,8 @@
 """Matmul FLOPs of a block: forward, backward, and what a policy recomputes.
 
 Counted as `torch.utils.flop_counter.FlopCounterMode` counts them, two a multiply-add: GEMMs and
-attention, nothing elementwise. PyTorch's own attention kernels are counted by its formula, which
-does not see causality; the explicit path is counted by the blocks it visits.
+attention, nothing elementwise. PyTorch's CPU attention kernel is counted by its formula, which does
+not see causality; everybody else by the blocks of keys that some query sees.
 
 Importing this module gives PyTorch the formulas it lacks: for its CPU flash attention, and for
 oneDNN's linear layer.
@@ -22,7 +22,8 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from backfuse.kernels.reference.attention import library_core
+from backfuse.kernels.reference.attention_request import AttentionRequest
+from backfuse.kernels.reference.cpu_attention import CPU
 from backfuse.kernels.reference.explicit_attention import AttentionMask, score_flops
 
 from .errors import nearest
@@ -146,15 +147,14 @@ def block_flops(
         softcap=spec.attn_logit_softcapping,
         dropout=spec.attention_dropout if training else 0.0,
     )
-    bias = torch.empty(0) if masked else None
-    core = library_core(
-        mask, dtype, where, spec.head_dim, seq_len, bias, spec.v_head_dim, spec.attention_sinks
-    )
+    request = AttentionRequest(
+        mask, dtype, where, seq_len, spec.head_dim, spec.v_head_dim, bias=masked,
+        packed=lengths is not None, sinks=spec.attention_sinks,
+    )  # fmt: skip
+    library = CPU.obstacle(request) is None
     scores, weighted = (  # Q K^T and P V
         batch_size
-        * score_flops(
-            seq_len, list(lengths) if lengths else None, width, mask, core is not None, masked
-        )
+        * score_flops(seq_len, list(lengths) if lengths else None, width, mask, library, masked)
         for width in (spec.q_size, spec.attn_out_size)
     )
     forward = qkv + scores + weighted + out + up + down

@@ -240,7 +240,8 @@ def ffn(
         training: whether dropout is active.
         chunk_size: tokens a chunk; None: the device's default.
         impl: which operations run: `"triton"` (kernels), `"reference"` (PyTorch), or `"auto"`: the
-            kernels for bf16 and fp16 on a GPU, else the reference.
+            kernels for bf16 and fp16 on a GPU, else the reference; `"sdpa"`, `"fa3"`, `"fa4"`: the
+            kernels with somebody else's attention (see `kernels/cores/choose.py`).
         ffn_strategy: how the kernels rebuild a dropped `preact`: `"split"` (into scratch),
             `"fused"` (inside the backward kernel), or `"auto"`: as measured on this device by
             `backfuse tune`, else split.

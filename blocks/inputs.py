@@ -14,7 +14,7 @@ from torch import Tensor
 from backfuse.kernels.dispatch import (
     FFN_STRATEGIES,
     IMPLEMENTATIONS,
-    library_attention,
+    attention_core,
     operations,
 )
 
@@ -298,7 +298,7 @@ def prepare(
         max_seqlen: the longest of them, which spares a GPU a host synchronisation.
         training: whether dropout is active.
         chunk_size: tokens a chunk; None: the device's default.
-        impl: `"auto"`, `"triton"` or `"reference"` (see `kernels/dispatch.py`).
+        impl: a name from `IMPLEMENTATIONS` (see `kernels/dispatch.py`).
         ffn_strategy: `"auto"`, `"split"` or `"fused"` (see `kernels/ffn_recompute.py`).
         lossy: whether something is kept in eight bits.
         layers: how many layers the call runs through: each drops out with a seed of its own.
@@ -340,13 +340,11 @@ def prepare(
         spec, x.shape[0], x.shape[1], x.dtype, _autocast_dtype(x), x.device, chunk_size, impl,
         ffn_strategy, dropout, max_seqlen, lossy, attention, offload_dir,
     )  # fmt: skip
-    if impl == "sdpa" and attention:
-        core = library_attention(
-            call.mask, call.compute_dtype, x.device, spec.head_dim, call.seq_len, attention_mask,
-            spec.v_head_dim, spec.attention_sinks,
-        )  # fmt: skip
+    inputs = Inputs(cos, sin, attention_mask, cu_seqlens, seed)
+    if attention:
+        core = attention_core(impl, call.ops, call.attention_request(inputs, x.device))
         call = replace(call, core=core)
-    return call, Inputs(cos, sin, attention_mask, cu_seqlens, seed)
+    return call, inputs
 
 
 def check_impl(impl: str, ffn_strategy: str = "auto") -> None:

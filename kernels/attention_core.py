@@ -7,24 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .attention import attention_forward as kernel_forward
 from .attention_backward import attention_backward as kernel_backward
+from .reference.attention_request import AttentionRequest
 from .reference.explicit_attention import AttentionMask, explicit_backward, explicit_forward
 
 
-def needs_delta(
-    mask: AttentionMask,
-    dtype: torch.dtype,
-    device: torch.device,
-    head_dim: int,
-    tokens: int,
-    bias: Tensor | None,
-    v_head_dim: int | None = None,
-    sinks: bool = False,
-) -> bool:
+def needs_delta(request: AttentionRequest) -> bool:
     """Always: see `reference.attention.needs_delta`."""
     return True
 

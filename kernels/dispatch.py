@@ -3,10 +3,12 @@
 Both are modules with the same functions (`kernels.reference` lists them, `kernels.fused` has them
 in Triton), so that whoever calls them need not know which one it has.
 
-    auto        the kernels for bf16 and fp16 on a GPU of compute capability 8.0 or AMD's; else the
+    auto        the kernels for bf16 and fp16 on a GPU of compute capability 8.0 or AMD's, with the
+                attention core that was measured fastest (see `cores/choose.py`); else the
                 reference, whose fp32 GEMMs are the library's
     triton      the kernels; an error where they cannot run
-    sdpa        the kernels, and PyTorch's own attention kernel; an error where either cannot run
+    sdpa        the kernels, and PyTorch's own attention; an error where either cannot run
+    fa3, fa4    the kernels, and FlashAttention 3 or 4; likewise
     reference   PyTorch's operations, on any device
 """
 
@@ -19,13 +21,13 @@ from types import ModuleType
 import torch
 
 from . import reference
-from .reference.attention import library_core
-from .reference.explicit_attention import AttentionMask
+from .cores.choose import Core, choose, load
+from .reference.attention_request import AttentionRequest
 
 #: A module with the operations: `kernels.reference` lists them.
 Operations = ModuleType
 
-IMPLEMENTATIONS = ("auto", "triton", "sdpa", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "sdpa", "fa3", "fa4", "reference")
 
 #: How the kernels rebuild a pre-activation: see `ffn_recompute.py`.
 FFN_STRATEGIES = ("auto", "split", "fused")
@@ -102,30 +104,17 @@ def operations(
     raise ValueError(f"impl is {impl!r}, but {obstacle}")
 
 
-def library_attention(
-    mask: AttentionMask,
-    dtype: torch.dtype,
-    device: torch.device,
-    head_dim: int,
-    tokens: int,
-    bias: torch.Tensor | None,
-    v_head_dim: int | None = None,
-    sinks: bool = False,
-) -> Operations:
-    """The module whose attention is PyTorch's own kernel, for `impl="sdpa"`.
+def attention_core(impl: str, ops: Operations, request: AttentionRequest) -> Operations | Core:
+    """Whose attention runs: that of the operations, or another core.
 
-    On CUDA that kernel adds up dQ with atomics, so that two runs differ in their last bits; ours
-    does not, and is what runs under any other `impl`. Arguments as `library_core`.
+    Args:
+        impl: a name from `IMPLEMENTATIONS`.
+        ops: what `operations` gave for it.
+        request: what is asked for.
 
     Raises:
-        ValueError: if PyTorch has no kernel for what is asked.
+        ValueError: for a core that cannot do what is asked.
     """
-    if library_core(mask, dtype, device, head_dim, tokens, bias, v_head_dim, sinks) is None:
-        raise ValueError(
-            f"impl is 'sdpa', but PyTorch has no attention kernel for {dtype} heads of {head_dim} "
-            f"on {device} with {mask}"
-            + ("" if bias is None else " and an attention_mask")
-            + ("" if v_head_dim in (None, head_dim) else f" and v's heads of {v_head_dim}")
-            + (" and sinks" if sinks else "")
-        )
-    return reference
+    own = "reference" if ops is reference else "triton"
+    core = choose(impl, own, request)
+    return ops if core == own else load(core)

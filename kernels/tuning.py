@@ -1,9 +1,12 @@
-"""What was measured on a device: tile sizes, and how a pre-activation is rebuilt.
+"""What was measured on a device: tile sizes, how a pre-activation is rebuilt, attention cores.
 
-`backfuse tune` measures and `save`s; the launchers ask `config_for` and `strategy_for`, which fall
+`backfuse tune` measures and saves; the launchers ask `config_for` and `strategy_for`, which fall
 back on the tables in `configs.py` and on `split`. A record belongs to a device, the version of
 Triton and of the records themselves, and a class of shapes: the widths, the dtype, gated or not.
 The number of tokens is no part of it.
+
+Times of attention cores (`attention_times`, asked by `cores/choose.py`) belong also to the version
+of PyTorch, the head dims, the kind of mask and the length up to the next power of two.
 
 Records are kept in `$BACKFUSE_CACHE/tuning.json` (default: `~/.cache/backfuse`).
 """
@@ -17,13 +20,14 @@ import tempfile
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from .configs import CONFIGS, Config, architecture, choose, fits, table_of
 from .launch import Layout, forget_plans, planned
+from .reference.attention_request import AttentionRequest
 
 #: Goes up when old records would mean something else: kernels or their arguments changed.
 FORMAT = 1
@@ -47,11 +51,47 @@ class Shape:
 
     def key(self, device: torch.device) -> str:
         """The name of its record on a device."""
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        dtype = str(self.dtype).removeprefix("torch.")
         gate = "gated" if self.gated else "plain"
         sizes = f"{self.hidden_size}x{self.intermediate_size}"
-        return f"{FORMAT}|{name}|triton {triton.__version__}|{dtype}|{sizes}|{gate}"
+        return f"{_prefix(device, self.dtype)}|{sizes}|{gate}"
+
+
+def _prefix(device: torch.device, dtype: torch.dtype) -> str:
+    """How the name of every record begins."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{FORMAT}|{name}|triton {triton.__version__}|{str(dtype).removeprefix('torch.')}"
+
+
+class AttentionClass(NamedTuple):
+    """A class of requests whose times are alike.
+
+    Attributes:
+        dtype: of q, k and v.
+        head_dims: of q and k, and of v.
+        kind: causal or full, and what is asked for beside that.
+        length: the longest sequence's, up to a power of two.
+    """
+
+    dtype: torch.dtype
+    head_dims: tuple[int, int]
+    kind: str
+    length: int
+
+    @classmethod
+    def of(cls, request: AttentionRequest) -> AttentionClass:
+        """The class a request belongs to."""
+        return cls(
+            request.dtype,
+            (request.head_dim, request.v_head_dim or request.head_dim),
+            ", ".join(["causal" if request.mask.causal else "full", *request.extras()]),
+            1 << (request.longest - 1).bit_length(),
+        )
+
+    def key(self, device: torch.device) -> str:
+        """The name of its record on a device."""
+        dims = "x".join(map(str, self.head_dims))
+        prefix = f"{_prefix(device, self.dtype)}|torch {torch.__version__}"
+        return f"{prefix}|attention|{dims}|{self.kind}|{self.length}"
 
 
 @dataclass(frozen=True)
@@ -130,16 +170,44 @@ def tuning(shape: Shape, device: torch.device) -> Tuning:
         return Tuning()
 
 
+@planned
+def _attention_times(kind: AttentionClass, device: torch.device) -> dict[str, float]:
+    record = _records(cache_file()).get(kind.key(device), {})
+    if isinstance(record, dict) and all(
+        isinstance(ms, float | int) and not isinstance(ms, bool) and 0 < ms < float("inf")
+        for ms in record.values()
+    ):
+        return record
+    message = f"a record in {cache_file()} is ignored: {record!r} has no milliseconds by core"
+    warnings.warn(message, stacklevel=2)
+    return {}
+
+
+def attention_times(request: AttentionRequest) -> dict[str, float]:
+    """Milliseconds of forward and backward by core, as measured; empty where nothing was."""
+    return _attention_times(AttentionClass.of(request), request.device)
+
+
+def save_attention(request: AttentionRequest, times: dict[str, float]) -> Path:
+    """Keep the times of a request's class; they count from now on. As `save`."""
+    return _write(AttentionClass.of(request).key(request.device), times)
+
+
 def save(shape: Shape, device: torch.device, best: Tuning) -> Path:
     """Keep a tuning, beside those of other shapes; it is used from now on.
 
     Raises:
         OSError: if the file cannot be written; the old one is then as it was.
     """
+    return _write(shape.key(device), asdict(best))
+
+
+def _write(key: str, record: Any) -> Path:
+    """Keep a record; the file is replaced whole or not at all."""
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     _records.cache_clear()
-    records = {**_records(path), shape.key(device): asdict(best)}
+    records = {**_records(path), key: record}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(records, indent=1, sort_keys=True))

@@ -1,5 +1,7 @@
 """kernels/reference/*attention.py against an explicit fp64 softmax, under autograd."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import assert_as_good_as
@@ -10,8 +12,9 @@ from backfuse.kernels.reference import explicit_attention as module
 from backfuse.kernels.reference.attention import (
     attention_backward,
     attention_forward,
-    library_core,
+    needs_delta,
 )
+from backfuse.kernels.reference.attention_request import AttentionRequest
 from backfuse.kernels.reference.dropout import dropout_mask
 from backfuse.kernels.reference.explicit_attention import (
     AttentionMask,
@@ -178,7 +181,7 @@ def test_library(causal, packed, dim, dtype, poisoned_empty):
     bounds = [0, 0, 11, 12, 64, 70] if packed else None
     q, k, v = heads(1 if packed else 3, 70, 4, 2, dim, dtype)
     mask = AttentionMask(causal=causal, scale=0.4)
-    assert library_core(mask, dtype, q.device, dim, 70, None) == "cpu"
+    assert not needs_delta(AttentionRequest(mask, dtype, q.device, 70, dim, packed=packed))
     check(q, k, v, mask, bounds=bounds, forward=attention_forward, backward=attention_backward)
 
 
@@ -215,11 +218,12 @@ def test_an_additive_mask_over_a_whole_row_leaves_weights_that_add_up(value):
 
 
 def test_the_library_is_not_asked_for_what_it_lacks():
-    cpu = torch.device("cpu")
+    plain = AttentionRequest(MASKS["causal"], torch.float32, torch.device("cpu"), 53, 8)
     for name in ("window", "softcap", "dropout", "all"):
-        assert library_core(MASKS[name], torch.float32, cpu, 8, 53, None) is None
-    assert library_core(MASKS["causal"], torch.float32, cpu, 8, 53, torch.ones(1)) is None
-    assert library_core(AttentionMask(window=53), torch.float32, cpu, 8, 53, None) == "cpu"
+        assert needs_delta(replace(plain, mask=MASKS[name]))
+    assert needs_delta(replace(plain, bias=True))
+    assert needs_delta(replace(plain, device=torch.device("cuda")))
+    assert not needs_delta(replace(plain, mask=AttentionMask(window=53)))
 
 
 def test_strided_heads_are_read_in_place():

@@ -1,6 +1,7 @@
 """Sinks, heads of v of another width, and other numbers of keys than of queries: on both paths."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from backfuse.kernels import fused, reference
 from backfuse.kernels.attention import attention_forward
 from backfuse.kernels.attention_backward import attention_backward
 from backfuse.kernels.reference import explicit_attention as module
-from backfuse.kernels.reference.attention import library_core
+from backfuse.kernels.reference.attention import needs_delta
 from backfuse.kernels.reference.attention_inputs import check_attention
+from backfuse.kernels.reference.attention_request import AttentionRequest
 from backfuse.kernels.reference.explicit_attention import AttentionMask, explicit_forward
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -165,9 +167,10 @@ def test_written_out_on_any_packing(queries, keys, window, causal, block):
 
 
 def test_the_library_is_not_asked_for_any_of_it():
-    ask = functools.partial(library_core, AttentionMask(), F32, torch.device("cpu"), 8, 53, None)
-    assert ask() == ask(8) == "cpu"
-    assert ask(sinks=True) is ask(16) is None
+    plain = AttentionRequest(AttentionMask(), F32, torch.device("cpu"), 53, 8)
+    assert not needs_delta(plain) and not needs_delta(replace(plain, v_head_dim=8))
+    for asked in ({"sinks": True}, {"v_head_dim": 16}, {"unlike": True}):
+        assert needs_delta(replace(plain, **asked))
     with pytest.raises(RuntimeError, match="same head size"):  # else it could be asked for widths
         q, v = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 4)
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, v)

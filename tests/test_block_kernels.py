@@ -176,7 +176,7 @@ def test_pytorchs_attention_beside_the_kernels(monkeypatch):
     theirs = results(block, x, grad)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).norm() <= 4 * torch.finfo(dtype).eps * b.norm()
-    with pytest.raises(ValueError, match="impl is 'sdpa', but PyTorch has no attention kernel for"):
+    with pytest.raises(ValueError, match="impl is 'sdpa', but PyTorch's .* has no s"):
         block = make_block(FAMILIES["gemma2"], dtype=dtype).to(DEVICE)
         block.impl = "sdpa"
         block(x)

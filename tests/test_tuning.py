@@ -1,4 +1,4 @@
-"""kernels/tuning.py and bench/tune.py: what is measured is kept, checked, and used."""
+"""kernels/tuning.py and bench/tune*.py: what is measured is kept, checked, and used."""
 
 import itertools
 import json
@@ -6,12 +6,25 @@ import json
 import pytest
 import torch
 from conftest import DEVICE
+from stand_ins import CORES, forget, install
 
 from backfuse.bench import tune as module
-from backfuse.bench.tune import frame, run, tune
+from backfuse.bench import tune_attention
+from backfuse.bench.shapes import SHAPES
+from backfuse.bench.tune import frame, run, tune, tune_cores
+from backfuse.cli import main
 from backfuse.kernels import ffn_recompute, tuning
 from backfuse.kernels.configs import CONFIGS, Config, architecture, choose
-from backfuse.kernels.tuning import Shape, Tuning, cache_file, config_for, save, strategy_for
+from backfuse.kernels.cores.prototypes import FA3, FA4
+from backfuse.kernels.tuning import (
+    Shape,
+    Tuning,
+    attention_times,
+    cache_file,
+    config_for,
+    save,
+    strategy_for,
+)
 
 PLACE = torch.device(DEVICE)
 SHAPE = Shape(64, 128, True, torch.float32)
@@ -188,9 +201,108 @@ def test_what_fails_is_passed_over(small, monkeypatch):
         ({"dtype": "bf17"}, "dtype is 'bf17'.*did you mean 'bf16'"),
         ({"dtype": "fp64"}, "dtype is 'fp64', expected one of fp32, bf16, fp16"),
         ({"device": "cpu"}, "device is 'cpu', expected 'cuda'"),
+        ({"parts": ["ffm"]}, "parts is 'ffm', expected one of ffn, attention; did you mean 'ffn'"),
+        ({"seq_lens": [8, 0]}, "seq_lens is 0, expected at least 1"),
+        ({"window": 0}, "window is 0, expected at least 1"),
     ],
 )
 def test_bad_input(change, message, cache):
     with pytest.raises(ValueError, match=message):
         run(**{"device": DEVICE, **change})
     assert not cache.exists()
+
+
+def attention_request(length=32, **options):
+    spec = SHAPES["llama-3-8b"].replace(head_dim=16)
+    return tune_attention.request_of(spec, torch.float16, PLACE, length, **options)
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """Every attention core, its library's kernel replaced; few tokens."""
+    monkeypatch.setattr(tune_attention, "TOKENS", 64)
+    install(monkeypatch, *CORES)
+    yield
+    forget()
+
+
+TIMES = [5.0, 1.0, 4.0, 0.5, 2.0, 3.0]  # as `NAMES` has them
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_cores_are_measured_and_remembered(cores, packed, capsys):
+    request = attention_request(packed=packed)
+    expected = dict(zip(tune_attention.NAMES, TIMES, strict=True))
+    if packed:
+        del expected["cudnn"]
+    tune_cores([request], 2, 1, timer=timer(expected.values()))
+    assert attention_times(request) == expected
+    printed = capsys.readouterr().out
+    assert "cuDNN kernel has no packed sequences" in printed or not packed
+    assert [line.split()[-1] for line in printed.splitlines() if "fa3" in line] == ["auto"]
+    assert "wrote " in printed and not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_a_core_that_gives_other_bits_is_not_remembered(cores, monkeypatch, capsys):
+    plain = FA3.attention_backward
+
+    def unsteady(*args, **kwargs):
+        dq, *others = plain(*args, **kwargs)
+        return dq + torch.rand_like(dq), *others
+
+    monkeypatch.setattr(FA3, "attention_backward", unsteady)
+    request = attention_request()
+    tune_cores([request], 2, 1, timer=timer(TIMES))
+    assert attention_times(request).keys() == tune_attention.NAMES.keys() - {"fa3"}
+    assert "other bits each time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no engine\nand more"), AssertionError()])
+def test_a_core_that_fails_is_passed_over(cores, monkeypatch, capsys, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(FA4, "attention_forward", fail)
+    request = attention_request()
+    tune_cores([request], 2, 1, timer=timer(TIMES))
+    assert attention_times(request).keys() == tune_attention.NAMES.keys() - {"fa4"}
+    assert (str(error).split("\n")[0] or "AssertionError()") in capsys.readouterr().out
+
+
+def test_what_is_done_when_it_is_interrupted_is_kept(cores, capsys):
+    def interrupted():
+        yield from TIMES
+        raise KeyboardInterrupt
+
+    short, long = attention_request(16), attention_request(32)
+    with pytest.raises(KeyboardInterrupt):
+        tune_cores([short, long], 2, 1, timer=timer(interrupted()))
+    assert attention_times(short) and not attention_times(long)
+    assert "wrote " in capsys.readouterr().out
+
+
+def test_only_what_can_do_it_is_measured(cores):
+    request = attention_request(window=9)
+    tune_cores([request], 2, 1, timer=timer([5.0, 1.0, 4.0, 2.0, 3.0]))
+    assert "cudnn" not in attention_times(request)
+    assert attention_times(attention_request()) == {}
+
+
+def test_lengths_that_are_no_integers(capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "--seq-lens", "1024,4k"])
+    assert "'1024,4k', expected integers such as 1024,4096" in capsys.readouterr().err
+
+
+def test_the_command_measures_both_parts(monkeypatch, capsys):
+    monkeypatch.setattr(module, "tune", lambda *a, **k: (Tuning(), []))
+    asked = []
+    monkeypatch.setattr(module, "tune_cores", lambda requests, *a, **k: asked.extend(requests))
+    monkeypatch.setattr(module, "check_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert run(parts=("ffn",)) == 0 and not asked
+    assert run(parts=("attention",), seq_lens=(10, 20), window=5, packed=True) == 0
+    assert [r.longest for r in asked] == [10, 20]
+    assert all(r.packed and r.mask.window == 5 and r.tokens % r.longest == 0 for r in asked)

@@ -218,22 +218,46 @@ def _bench_static(args: argparse.Namespace) -> int:
 def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "tune",
-        help="measure the FFN kernels on this GPU, and use what is fastest from now on",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="measure kernels and attention cores on this GPU, and use the fastest from now on",
     )
-    parser.add_argument("--shape", metavar="NAME", default="llama-3-8b", help="a model's sizes")
-    parser.add_argument("--hidden-size", type=int, help="instead of the shape's")
-    parser.add_argument("--intermediate-size", type=int, help="instead of the shape's")
-    parser.add_argument("--dtype", default="bf16", help="bf16, fp16 or fp32")
-    parser.add_argument("--tokens", type=int, default=4096, help="rows of a call, a chunk's worth")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shape", metavar="NAME", help="a model's sizes (default: llama-3-8b)")
+    parser.add_argument(
+        "--parts",
+        type=_names,
+        metavar="A,B",
+        help="what to measure: ffn, attention (default: both)",
+    )
+    parser.add_argument("--hidden-size", type=int, help="of the FFN, instead of the shape's")
+    parser.add_argument("--intermediate-size", type=int, help="likewise")
+    parser.add_argument("--dtype", help="bf16, fp16 or fp32 (default: bf16)")
+    parser.add_argument(
+        "--tokens", type=int, help="rows of a call of the FFN, a chunk's worth (default: 4096)"
+    )
+    parser.add_argument(
+        "--seq-lens",
+        type=_integers,
+        metavar="N,N,...",
+        help="of attention, each for the lengths up to the next power of two (default: 1024 to "
+        "32768)",
+    )
+    parser.add_argument("--window", type=int, help="of attention, instead of the shape's")
+    parser.add_argument("--packed", action="store_true", help="attention over packed sequences")
+    parser.add_argument("--device", help="(default: cuda)")
     parser.set_defaults(run=_tune)
 
 
 def _tune(args: argparse.Namespace) -> int:
     from backfuse.bench import tune
 
-    return tune.run(**{name: value for name, value in vars(args).items() if name != "run"})
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return tune.run(**{name: value for name, value in given.items() if name != "run"})
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in _names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected integers such as 1024,4096") from None
 
 
 def _names(text: str) -> tuple[str, ...]:
