@@ -114,7 +114,8 @@ def test_hopper_attention_spills_nothing_in_a_loop_and_serialises_nothing(kernel
         where = f"{kernel} {case.variant} {case.tile}: {found}"
         assert "error" not in found, where
         assert not found["serialized"] and found["loop_spills"] == 0, where
-        assert found["tensor_core"].startswith("wgmma") and found["tma"], where
+        assert found["tensor_core"].startswith("wgmma"), where
+        assert found["tma"] == (case.variant != "192/128"), where  # 192 is no power of two
 
 
 @pytest.mark.slow
