@@ -167,11 +167,13 @@ def _attention(kernel: str, architecture: str, variant: str, config: Config) -> 
     else:
         tiles["dout"] = (m, d_v)
         args.pointer("delta", "fp32")
-        args.scalars("stride_dt stride_dh stride_eb stride_eh stride_et")
+        args.scalars("stride_dt stride_dh stride_eb stride_eh")
+        args.constexprs["stride_et"] = 1
     for name, block in tiles.items():
         args.matrix(name, dtype, desc, *(() if "VARLEN" in asked else (1,)), *block)
     args.scalars("stride_qt stride_qh stride_kt stride_kh stride_vt stride_vh")
-    args.scalars("stride_lb stride_lh stride_lt")
+    args.scalars("stride_lb stride_lh")
+    args.constexprs["stride_lt"] = 1
     for name in {"attention_forward": ("out",), "attention_dq": ("dq",)}.get(kernel, ("dk", "dv")):
         args.pointer(name, dtype)
         short = "o" if name == "out" else name
@@ -193,7 +195,7 @@ def _attention(kernel: str, architecture: str, variant: str, config: Config) -> 
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return Case(
         kernel, architecture, variant, dtype, f"{m}x{n}x{d}", args.types, args.constexprs, options,
-        unaligned=("group", "window", "stride_lt", "stride_et"),
+        unaligned=("group", "window"),
     )  # fmt: skip
 
 

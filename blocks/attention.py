@@ -245,12 +245,13 @@ class AttentionHalf:
         return self._backward_qkv(dmid, (dheads[0], dheads[1], dheads[2]), needs, grads)
 
     def _new_delta(self, dout: Tensor) -> Tensor | None:
-        """Room for delta, `[tokens, heads]`; None where the attention core makes its own."""
+        """Room for delta, `[tokens, heads]`, tokens side by side as the attention kernels read
+        them; None where the attention core makes its own."""
         if not self.call.core.needs_delta(self.call.attention_request(self.inputs, dout.device)):
             return None
         return dout.new_empty(
-            len(dout), self.spec.num_attention_heads, dtype=accumulate_dtype(dout.dtype)
-        )
+            self.spec.num_attention_heads, len(dout), dtype=accumulate_dtype(dout.dtype)
+        ).t()
 
     def _backward_qkv(
         self, dmid: Tensor, dheads: Heads, needs: Needs, grads: WeightGrads

@@ -104,7 +104,7 @@ class FlashAttentionFunction(torch.autograd.Function):
 def _delta(job: Job, out: Tensor, dout: Tensor) -> Tensor:
     """rowsum(out o dout), `[batch, heads, rows]`."""
     batch, rows, heads, width = out.shape
-    delta = out.new_empty(batch * rows, heads, dtype=accumulate_dtype(out.dtype))
+    delta = out.new_empty(heads, batch * rows, dtype=accumulate_dtype(out.dtype)).t()
     flat = (x.reshape(batch * rows, heads * width) for x in (out, dout))
     job.ops.attention_delta(*flat, delta, QKSpec(heads * width, heads * width, width))
     return rearrange(delta, "(b t) n -> b n t", b=batch)

@@ -31,6 +31,7 @@ from .attention_tiles import (
     block_of,
     check_tiles,
     dropout_factor,
+    in_reach,
     keys_seen,
     load_rows,
     queries_seeing,
@@ -70,29 +71,33 @@ def _dkdv_step(
     stride_eb, stride_eh, stride_et,
     scale, softcap, window, seed, slice_number, threshold, keep_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    SITE: tl.constexpr, VARLEN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    SITE: tl.constexpr, VARLEN: tl.constexpr, CLEAN: tl.constexpr, PRECISION: tl.constexpr,
     DESC: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries: adds to dK and dV."""
+    """One block of queries: adds to dK and dV.
+
+    Queries past the end are zeros, and so is what they add. Keys past the end get something, which
+    is not stored.
+    """
     offs_m = row + tl.arange(0, BLOCK_M)
     mask_m = offs_m < queries
     place = (first + offs_m).to(tl.int64) if VARLEN else offs_m.to(tl.int64)
     q_tile = load_rows(
         q, first, row, queries, head, stride_qt, stride_qh,
-        BLOCK_M, BLOCK_D, HEAD_DIM, DESC, VARLEN, MASKED,
+        BLOCK_M, BLOCK_D, HEAD_DIM, DESC, VARLEN, CLEAN,
     )  # [BLOCK_M, BLOCK_D]
     dots = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     seen = mask_m[None, :]
-    if MASKED:
-        seen = visible(
-            offs_m[None, :], offs_n[:, None], queries, keys, shift, window, CAUSAL, WINDOW
-        )
+    if CAUSAL or WINDOW:
+        seen = in_reach((offs_m + shift)[None, :] - offs_n[:, None], window, CAUSAL, WINDOW)
     row_lse = _row_lse(lse, batch * stride_lb + head * stride_lh + place * stride_lt, mask_m)
-    weights, tanh = _probabilities(dots, row_lse[None, :], scale, softcap, seen, SOFTCAP, MASKED)
+    weights, tanh = _probabilities(
+        dots, row_lse[None, :], scale, softcap, seen, SOFTCAP, CAUSAL or WINDOW
+    )
     do_tile = load_rows(
         dout, first, row, queries, head, stride_dt, stride_dh,
-        BLOCK_M, BLOCK_DV, V_DIM, DESC, VARLEN, MASKED,
+        BLOCK_M, BLOCK_DV, V_DIM, DESC, VARLEN, CLEAN,
     )  # [BLOCK_M, BLOCK_DV]
     dweights = tl.dot(v_tile, do_tile.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     dropped = weights
@@ -145,34 +150,38 @@ def attention_dkdv_kernel(
         )
         acc_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         acc_dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-        lo, full_lo, full_hi, hi = queries_seeing(
+        lo, hi = queries_seeing(
             col, queries, keys, shift, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, CROSS
         )
-        left = (full_lo - lo) // BLOCK_M
-        edges = left + tl.cdiv(hi - full_hi, BLOCK_M)
-        for head in range(kv_head * group, (kv_head + 1) * group):
-            slice_number = sequence * heads + head
-            for block in range(0, edges):
-                row = tl.where(
-                    block < left, lo + block * BLOCK_M, full_hi + (block - left) * BLOCK_M
-                )
+        blocks = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)
+        whole = blocks
+        if VARLEN and DESC:  # the last block of a sequence may have rows of the next one
+            whole = tl.minimum(blocks, (queries - lo) // BLOCK_M)
+        # One loop over the heads of the group and their blocks: it is filled and drained once.
+        if whole > 0:
+            tl.assume(group * whole > 0)  # see `tiles.dot_kn`
+            for step in range(0, group * whole):
+                head = kv_head * group + step // whole
+                row = lo + step % whole * BLOCK_M
                 acc_dk, acc_dv = _dkdv_step(
                     acc_dk, acc_dv, k_tile, v_tile, q, dout, lse, delta, first, queries, keys,
                     shift, row, col, offs_n, head, batch,
                     stride_qt, stride_qh, stride_dt, stride_dh,
                     stride_lb, stride_lh, stride_lt, stride_eb, stride_eh, stride_et,
-                    scale, softcap, window, seed, slice_number, threshold, keep_scale,
-                    CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, VARLEN, True, PRECISION, DESC,
+                    scale, softcap, window, seed, sequence * heads + head, threshold, keep_scale,
+                    CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, VARLEN, False, PRECISION, DESC,
                     HEAD_DIM, BLOCK_D, V_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
-            for row in range(full_lo, full_hi, BLOCK_M):
+        if VARLEN and DESC:
+            for step in range(0, group * (blocks - whole)):
+                head, row = kv_head * group + step, lo + whole * BLOCK_M
                 acc_dk, acc_dv = _dkdv_step(
                     acc_dk, acc_dv, k_tile, v_tile, q, dout, lse, delta, first, queries, keys,
                     shift, row, col, offs_n, head, batch,
                     stride_qt, stride_qh, stride_dt, stride_dh,
                     stride_lb, stride_lh, stride_lt, stride_eb, stride_eh, stride_et,
-                    scale, softcap, window, seed, slice_number, threshold, keep_scale,
-                    CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, VARLEN, False, PRECISION, DESC,
+                    scale, softcap, window, seed, sequence * heads + head, threshold, keep_scale,
+                    CAUSAL, WINDOW, SOFTCAP, DROPOUT, SITE, VARLEN, True, PRECISION, DESC,
                     HEAD_DIM, BLOCK_D, V_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
         tokens_n = (first_k + offs_n).to(tl.int64)[:, None]

@@ -144,41 +144,41 @@ def queries_seeing(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     CROSS: tl.constexpr,
 ):  # fmt: skip
-    """Queries that see some key of a block, and those that see all of it: `lo <= full_lo <= full_hi
-    <= hi`, all but `hi` multiples of BLOCK_M."""
+    """The first and one past the last of the queries that see some key of a block; the first is
+    rounded down to a multiple of BLOCK_M."""
     lo, hi = 0, queries
-    full_lo, full_hi = 0, queries // BLOCK_M * BLOCK_M
     start = col - shift  # where the first key stands among the queries
     last = tl.minimum(col + BLOCK_N, keys) - shift  # one past the last
     if CAUSAL:
         lo = _not_negative(start, CROSS) // BLOCK_M * BLOCK_M
-        full_lo = tl.cdiv(_not_negative(last - 1, CROSS), BLOCK_M) * BLOCK_M
     if WINDOW:
         hi = tl.minimum(queries, _not_negative(last + window - 1, CROSS))
-        full_hi = tl.minimum(queries, _not_negative(start + window, CROSS)) // BLOCK_M * BLOCK_M
         if not CAUSAL:
             lo = tl.maximum(start - window + 1, 0) // BLOCK_M * BLOCK_M
-            full_lo = tl.cdiv(tl.maximum(last - window, 0), BLOCK_M) * BLOCK_M
-    end = tl.cdiv(hi, BLOCK_M) * BLOCK_M
-    if col + BLOCK_N > keys:  # keys past the end: every block of queries needs the mask
-        full_lo = end
-    full_lo = tl.minimum(tl.maximum(full_lo, lo), end)
-    full_hi = tl.maximum(full_lo, tl.minimum(full_hi, hi // BLOCK_M * BLOCK_M))
-    return lo, full_lo, full_hi, hi
+    return lo, hi
+
+
+@triton.jit
+def in_reach(distance, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether a query sees a key that stands so far before it."""
+    if CAUSAL:
+        near = distance >= 0
+        if WINDOW:
+            near = near & (distance < window)
+    else:
+        tl.static_assert(WINDOW)
+        near = (distance < window) & (-distance < window)
+    return near
 
 
 @triton.jit
 def visible(
     offs_q, offs_k, queries, keys, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 ):
-    """Which keys a query sees; the two broadcast against each other."""
+    """Which keys a query sees, of those that there are; the two broadcast against each other."""
     seen = (offs_k < keys) & (offs_q < queries)
-    if CAUSAL:
-        seen = seen & (offs_k <= offs_q + shift)
-    if WINDOW:
-        seen = seen & (offs_q + shift - offs_k < window)
-        if not CAUSAL:
-            seen = seen & (offs_k - (offs_q + shift) < window)
+    if CAUSAL or WINDOW:
+        seen = seen & in_reach(offs_q + shift - offs_k, window, CAUSAL, WINDOW)
     return seen
 
 
