@@ -57,7 +57,10 @@ CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
 #: Those that come first where a softcap, dropout or packed sequences ask for more registers: with
 #: the larger tiles above, their loops spill.
 HEAVY: dict[str, dict[str, tuple[Config, ...]]] = {
-    "attention_forward": {"sm_90": (Config(128, 64, 128, 8, 2),)},
+    "attention_forward": {
+        "sm_80": (Config(128, 32, 128, 8, 2),),
+        "sm_90": (Config(128, 64, 128, 8, 2),),
+    },
     "attention_dkdv": {
         "sm_90": (Config(32, 64, 128, 8, 2),),
         "sm_100": (Config(32, 64, 128, 8, 2),),
