@@ -201,6 +201,9 @@ def _add_bench_static(subjects: argparse._SubParsersAction[argparse.ArgumentPars
     )
     parser.add_argument("--kernel", type=_names, metavar="A,B,...", help="(default: all)")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table there")
+    parser.add_argument(
+        "--check", type=Path, metavar="DIR", help="fail if a kernel is worse than in DIR/ARCH.csv"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.set_defaults(run=_bench_static)
 
