@@ -44,7 +44,8 @@ def regressions(table: pd.DataFrame, earlier: pd.DataFrame, triton: str) -> list
         earlier: rows of earlier ones, with the column `triton`.
         triton: the version that compiled `table`.
     """
-    known = earlier[earlier["triton"] == triton].groupby(list(KEY))[list(COSTS)].max()
+    same = earlier[earlier["triton"] == triton].astype(dict.fromkeys(COSTS, "float64"))
+    known = same.groupby(list(KEY))[list(COSTS)].max()
     found = []
     for _, row in table.iterrows():
         key = tuple(row[name] for name in KEY)

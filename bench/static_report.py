@@ -404,11 +404,11 @@ def show(table: pd.DataFrame) -> None:
     print(shown.astype(object).where(table.notna(), "-").to_string(index=False))
     served = table.dropna(subset=TIMES, how="all")
     # per kernel and shape the first row that serves it: the default
-    fastest = served.groupby(["arch", "kernel"], sort=False)[list(TIMES)].first()
-    if len(fastest):
-        fastest.columns = pd.Index(SHAPES)
+    defaults = served.groupby(["arch", "kernel"], sort=False)[list(TIMES)].first()
+    if len(defaults):
+        defaults.columns = pd.Index(SHAPES)
         print(f"\nmodelled microseconds of the defaults, {TOKENS} tokens in one sequence:")
-        print(fastest.map(lambda us: "-" if pd.isna(us) else f"{us:,.0f}").to_string())
+        print(defaults.map(lambda us: "-" if pd.isna(us) else f"{us:,.0f}").to_string())
 
 
 def run(

@@ -13,7 +13,8 @@ are not in it.
 
 Attention is counted by the scores that are visible, half of them where it is causal: what tiles on
 the diagonal compute beyond that is not in it. Copies to the host run beside the kernels: their
-seconds are of the link, and no part of a pass. Dropout costs nothing here.
+seconds are of the link, and no part of a pass. Dropout costs nothing here, and what is kept in
+eight bits is read and written as if it had sixteen.
 """
 
 from __future__ import annotations
@@ -192,7 +193,8 @@ def block_costs(
 
     Args:
         spec: the block.
-        policy: what it keeps; unlike elsewhere, `offload` is understood.
+        policy: what it keeps; unlike elsewhere, `offload` is understood. Rebuilding an `x` is the
+            business of the block before it, and not counted.
         batch_size: sequences.
         seq_len: tokens a sequence.
         dtype: of everything; one whose rate the device has.

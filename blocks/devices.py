@@ -23,7 +23,7 @@ import torch
 
 from .errors import nearest
 
-GIB = 2**30
+GB = 10**9
 MIB = 2**20
 KIB = 2**10
 
@@ -45,7 +45,8 @@ class Device:
         matmul_share: the share of it that a good GEMM reaches.
         memory_bandwidth: bytes per second of the device's memory.
         link_bandwidth: bytes per second to or from the host, each direction.
-        memory: bytes.
+        memory: bytes; the data sheet's gigabytes taken as 10^9, of which some chips have more, and
+            of which the driver keeps a part.
         l2: bytes of the cache that all processors share; 0 if nobody asked.
         processors: multiprocessors or compute units; of a CPU, PyTorch's threads.
         shared_memory: bytes of one processor's shared memory; 0 for none.
@@ -83,25 +84,25 @@ DEVICES: dict[str, Device] = {
     row.name: row
     for row in (
         # NVIDIA H100 Tensor Core GPU data sheet, SXM5; H100 architecture white paper
-        Device("h100", "sm_90", 989.4e12, 0.70, 3.35e12, PCIE_5, 80 * GIB, 50 * MIB, 132,
+        Device("h100", "sm_90", 989.4e12, 0.70, 3.35e12, PCIE_5, 80 * GB, 50 * MIB, 132,
                228 * KIB),
         # NVIDIA H200 Tensor Core GPU data sheet, SXM: an H100 with other memory
-        Device("h200", "sm_90", 989.4e12, 0.79, 4.8e12, PCIE_5, 141 * 10**9, 50 * MIB, 132,
+        Device("h200", "sm_90", 989.4e12, 0.79, 4.8e12, PCIE_5, 141 * GB, 50 * MIB, 132,
                228 * KIB),
         # NVIDIA DGX B200 data sheet, an eighth of the system; processors and L2: CUDA's properties
-        Device("b200", "sm_100", 2250e12, 0.70, 8e12, PCIE_5, 180 * 10**9, 126 * MIB, 148,
+        Device("b200", "sm_100", 2250e12, 0.70, 8e12, PCIE_5, 180 * GB, 126 * MIB, 148,
                228 * KIB),
         # NVIDIA A100 Tensor Core GPU data sheet, 80 GB SXM; A100 architecture white paper
-        Device("a100", "sm_80", 312e12, 0.80, 2.039e12, PCIE_4, 80 * GIB, 40 * MIB, 108,
+        Device("a100", "sm_80", 312e12, 0.80, 2.039e12, PCIE_4, 80 * GB, 40 * MIB, 108,
                164 * KIB),
         # NVIDIA L40S data sheet; Ada architecture white paper
-        Device("l40s", "sm_89", 362.05e12, 0.70, 864e9, PCIE_4, 48 * 10**9, 96 * MIB, 142,
+        Device("l40s", "sm_89", 362.05e12, 0.70, 864e9, PCIE_4, 48 * GB, 96 * MIB, 142,
                100 * KIB),
         # NVIDIA Ada architecture white paper, GeForce RTX 4090, FP32 accumulate
-        Device("rtx-4090", "sm_89", 165.2e12, 0.90, 1008e9, PCIE_4, 24 * GIB, 72 * MIB, 128,
+        Device("rtx-4090", "sm_89", 165.2e12, 0.90, 1008e9, PCIE_4, 24 * GB, 72 * MIB, 128,
                100 * KIB),
         # AMD Instinct MI300X data sheet; CDNA 3 white paper (L2: 4 MiB in each of 8 dies)
-        Device("mi300x", "gfx942", 1307.4e12, 0.50, 5.3e12, PCIE_5, 192 * 10**9, 32 * MIB, 304,
+        Device("mi300x", "gfx942", 1307.4e12, 0.50, 5.3e12, PCIE_5, 192 * GB, 32 * MIB, 304,
                64 * KIB),
     )
 }  # fmt: skip
@@ -118,11 +119,11 @@ def device(name: str) -> Device:
         raise ValueError(
             f"device is {name!r}, expected one of {', '.join(known)}" + nearest(name, known)
         )
-    return measure_cpu() if name == "cpu" else DEVICES[name]
+    return measure_cpu(torch.float32) if name == "cpu" else DEVICES[name]
 
 
 @functools.cache
-def measure_cpu(dtype: torch.dtype = torch.float32) -> Device:
+def measure_cpu(dtype: torch.dtype) -> Device:
     """This machine's CPU: GEMM rate in one dtype and copy bandwidth, measured once a process.
 
     Takes about half a second, with the threads that PyTorch has. Memory and link have the same

@@ -187,7 +187,7 @@ def test_the_table_is_sane():
 
 def test_the_cpu_is_measured_once():
     cpu = device("cpu")
-    assert cpu is measure_cpu() and cpu.name == "cpu"
+    assert cpu is measure_cpu(torch.float32) and cpu.name == "cpu"
     assert cpu.matmul_rate > 1e8 and cpu.memory_bandwidth > 1e8 and cpu.memory > 2**28
     assert cpu.processors == torch.get_num_threads()
     assert costs("full", BlockSpec(64, 96, 4), cpu, dtype=torch.float32).recompute > 0

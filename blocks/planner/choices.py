@@ -28,7 +28,8 @@ class Choice:
         kept: bytes that stay on the device from forward to backward.
         host: bytes that stay on the host.
         transient: bytes beside these while its backward runs: what it rebuilds, what came back
-            from the host, and as much again on its way for the layer before.
+            from the host, and as much again on its way for the layer before. What every policy
+            needs alike (gradients, a chunk's scratch) is left out.
         forward: seconds of its forward pass.
         backward: seconds of its backward pass, rebuilding included.
         link: seconds of the link, in each direction.
