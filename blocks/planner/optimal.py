@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize
@@ -39,7 +40,7 @@ SHIPPING = 1e-3
 
 #: Share of a step's time by which a mix may miss the best one: equally good mixes are many, and to
 #: prove which is the best takes a hundred times as long.
-GAP = 2e-4
+GAP = 5e-4
 
 
 class BudgetError(ValueError):
@@ -54,6 +55,14 @@ class BudgetError(ValueError):
             f"{name} is {budget:,} bytes, expected at least {least:,}: no plan gets by with less"
         )
         self.least = least
+
+
+class Limits(NamedTuple):
+    """Bytes that a plan may take; None for any number: see `optimal`."""
+
+    budget: int | None
+    peak_budget: int | None
+    host_budget: int | None
 
 
 @dataclass(frozen=True)
@@ -129,8 +138,8 @@ def optimal(
         peak_budget: bytes that kept tensors and transients may take at any time of the backward
             pass; None for any number.
         host_budget: bytes that may be kept on the host; None for any number.
-        relaxed: whether fractions of layers may differ: the linear bound. The peak is then that of
-            kept bytes alone.
+        relaxed: whether fractions of layers may differ: the linear bound. Of a choice's transient
+            then only its fraction of the layers counts.
 
     Raises:
         BudgetError: if no mix is within the budgets; it knows the least `budget`, or `peak_budget`,
@@ -139,54 +148,39 @@ def optimal(
     """
     if num_layers < 1:
         raise ValueError(f"num_layers is {num_layers}, expected at least 1")
-    budgets = {"budget": budget, "peak_budget": peak_budget, "host_budget": host_budget}
-    for name, value in budgets.items():
+    limits = Limits(budget, peak_budget, host_budget)
+    for name, value in limits._asdict().items():
         if value is not None and value < 0:
             raise ValueError(f"{name} is {value}, expected at least 0 bytes")
-    counts = _solve(choices, num_layers, budget, peak_budget, host_budget, relaxed)
-    if counts is None:
-        raise _budget_error(choices, num_layers, budget, peak_budget, host_budget, relaxed)
-    used = [i for i in _order(choices) if counts[i] > 0]
-    return Mix(tuple(choices[i] for i in used), tuple(counts[i] for i in used), choices[0])
-
-
-def _order(choices: Sequence[Choice]) -> list[int]:
-    """Indices of the choices as their layers stand: by falling transient."""
-    return sorted(range(len(choices)), key=lambda i: -choices[i].transient)
+    mix = _solve(choices, num_layers, limits, relaxed)
+    if mix is None:
+        raise _budget_error(choices, num_layers, limits, relaxed)
+    return mix
 
 
 def _budget_error(
-    choices: Sequence[Choice],
-    num_layers: int,
-    budget: int | None,
-    peak_budget: int | None,
-    host_budget: int | None,
-    relaxed: bool,
+    choices: Sequence[Choice], num_layers: int, limits: Limits, relaxed: bool
 ) -> BudgetError:
     """The budget that cannot be met, and the least of it that can, the others being as they are."""
-    rest = (host_budget, relaxed)
-    if budget is not None:
-        counts = _solve(choices, num_layers, None, peak_budget, *rest, least="budget")
-        if counts is not None:
-            kept = sum(n * c.kept for n, c in zip(counts, choices, strict=True))
-            return BudgetError("budget", budget, math.ceil(kept))
-    counts = _solve(choices, num_layers, None, None, *rest, least="peak_budget")
-    assert counts is not None and peak_budget is not None  # keeping everything is always possible
-    used = [i for i in _order(choices) if counts[i] > 0]
-    mix = Mix(tuple(choices[i] for i in used), tuple(counts[i] for i in used), choices[0])
-    return BudgetError("peak_budget", peak_budget, math.ceil(mix.peak_bytes))
+    if limits.budget is not None:
+        mix = _solve(choices, num_layers, limits._replace(budget=None), relaxed, "budget")
+        if mix is not None:
+            return BudgetError("budget", limits.budget, math.ceil(mix.kept_bytes))
+    # then the peak cannot be met whatever is kept
+    free = limits._replace(budget=None, peak_budget=None)
+    mix = _solve(choices, num_layers, free, relaxed, "peak_budget")
+    assert mix is not None and limits.peak_budget is not None  # all can be kept without a limit
+    return BudgetError("peak_budget", limits.peak_budget, math.ceil(mix.peak_bytes))
 
 
 def _solve(
     choices: Sequence[Choice],
     num_layers: int,
-    budget: int | None,
-    peak_budget: int | None,
-    host_budget: int | None,
+    limits: Limits,
     relaxed: bool,
     least: str | None = None,
-) -> list[float] | None:
-    """Layers of each choice; None if no mix is within the budgets.
+) -> Mix | None:
+    """The mix of least time; None if none is within the limits.
 
     The columns: layers of each choice, whether there are any, the waits of both passes, and the
     bytes of both budgets. Bytes are counted in their greatest common divisor, so that whole layers
@@ -195,12 +189,11 @@ def _solve(
     Args:
         choices: see `optimal`.
         num_layers: see `optimal`.
-        budget: see `optimal`.
-        peak_budget: see `optimal`.
-        host_budget: see `optimal`.
+        limits: the budgets.
         relaxed: see `optimal`.
         least: minimise this budget instead of the time.
     """
+    order = sorted(range(len(choices)), key=lambda i: -choices[i].transient)
     size, layer = len(choices), choices[0].seconds
     unit = math.gcd(*(c.kept for c in choices), *(c.transient for c in choices)) or 1
     host_unit = math.gcd(*(c.host for c in choices)) or 1
@@ -212,12 +205,12 @@ def _solve(
     wait_forward, wait_backward, kept_cap, peak_cap = range(2 * size, 2 * size + 4)
     width = 2 * size + 4
     rows: list[np.ndarray] = []
-    limits: list[float] = []
+    ends: list[float] = []
 
     def at_most(limit: float) -> np.ndarray:
         """A new row, to be filled, whose sum is at most `limit`."""
         rows.append(np.zeros(width))
-        limits.append(limit)
+        ends.append(limit)
         return rows[-1]
 
     kept, link = column("kept", unit), column("link", layer)
@@ -226,11 +219,11 @@ def _solve(
     for wait, name in ((wait_forward, "forward"), (wait_backward, "backward")):
         row = at_most(0)
         row[counts], row[wait] = link - column(name, layer), -1
-    if host_budget is not None:
-        at_most(host_budget // host_unit)[counts] = column("host", host_unit)
-    if peak_budget is not None or least == "peak_budget":
+    if limits.host_budget is not None:
+        at_most(limits.host_budget // host_unit)[counts] = column("host", host_unit)
+    if limits.peak_budget is not None or least == "peak_budget":
         before = np.zeros(size)
-        for i in _order(choices):
+        for i in order:
             before[i] = kept[i]
             row = at_most(0)
             row[counts], row[peak_cap] = before, -1
@@ -246,7 +239,7 @@ def _solve(
         objective[[wait_forward, wait_backward]] = 1
     upper = np.full(width, np.inf)
     upper[counts], upper[used] = num_layers, 1
-    for cap, value in ((kept_cap, budget), (peak_cap, peak_budget)):
+    for cap, value in ((kept_cap, limits.budget), (peak_cap, limits.peak_budget)):
         if value is not None:
             upper[cap] = value // unit
     whole = np.zeros(width)
@@ -258,11 +251,13 @@ def _solve(
         integrality=whole,
         bounds=optimize.Bounds(0, upper),
         constraints=(
-            optimize.LinearConstraint(np.array(rows), ub=np.array(limits)),
+            optimize.LinearConstraint(np.array(rows), ub=np.array(ends)),
             optimize.LinearConstraint(layers, num_layers, num_layers),
         ),
-        options={"mip_rel_gap": GAP},
+        options={"mip_rel_gap": 0 if least else GAP},
     )
     if found.x is None:
         return None
-    return [float(n) if relaxed else float(round(n)) for n in found.x[counts]]
+    taken = [float(n) if relaxed else float(round(n)) for n in found.x[counts]]
+    standing = [i for i in order if taken[i] > 0]
+    return Mix(tuple(choices[i] for i in standing), tuple(taken[i] for i in standing), choices[0])
