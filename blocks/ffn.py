@@ -212,7 +212,9 @@ class FFNHalf:
                 again = None
                 if needs.projections and normed is None:
                     normed = again = torch.empty_like(dnormed)
-                self.norm.backward(dnormed, mid, rows, grads, residual=dz, dx=dmid, normed=again)
+                self.norm.backward(
+                    dnormed, mid, rows, grads, residual=dz, dx=dmid, normed=again
+                )
             elif dmid is not None:
                 torch.add(dz, dnormed, out=dmid)
         if needs.projections:
