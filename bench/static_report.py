@@ -5,11 +5,8 @@ with it. Registers, spills and serialised tensor-core instructions come from ptx
 inside loops from the disassembly, the rest from Triton's metadata; for gfx942, all from the
 assembly. Results are kept on disk under a hash of the sources, the case and Triton's version.
 
-The share of a 128 x 256 GEMM is a model, not a measurement. A step of a loop takes as long as the
-slowest of: its products; the bytes of its operands through shared memory (sm_90: each m64nNk16
-reads 2048 bytes of its left and 32 N of its right operand, at 128 bytes a cycle, and what is loaded
-is written once); the bytes of its operands from L2, at what feeds a GEMM of that tile. Elsewhere
-than on sm_90 only the last counts. Prologue, epilogue and waves of programs are not in it.
+What stands beside that in the table, programs at a time, share of a GEMM's speed and microseconds,
+is a model, not a measurement: see `static_model.py`.
 """
 
 from __future__ import annotations
@@ -35,19 +32,20 @@ from typing import Any
 import pandas as pd
 
 import backfuse.kernels
-from backfuse.kernels.configs import SHARED_MEMORY
 
 from .options import check_positive, choose, progress_bar, require, writable_folder
-from .static_case import Case, Dot, bind
+from .shapes import SHAPES
+from .static_case import Case, bind
 from .static_cases import ARCHITECTURES, EXPERIMENTS, MODULES, cases
-
-#: Warps, programs, registers and bytes of shared memory of a multiprocessor.
-PROCESSORS = {
-    "sm_80": (64, 32, 65536, 164 * 1024),
-    "sm_89": (48, 24, 65536, 100 * 1024),
-    "sm_90": (64, 32, 65536, 228 * 1024),
-    "sm_100": (64, 32, 65536, 228 * 1024),
-}
+from .static_check import read_tables, regressions
+from .static_model import (
+    PROCESSORS,
+    TIMES,
+    TOKENS,
+    programs_per_processor,
+    speed_share,
+    times,
+)
 
 TENSOR_CORE = re.compile(r"(?<![.\w])[A-Z]+MMA\b|\bv_mfma")  # HFMA2.MMA is none
 SPILL = re.compile(r"\b(?:LDL|STL)\b|\bscratch_(?:load|store)|Folded (?:Spill|Reload)")
@@ -154,45 +152,6 @@ def tensor_core(text: str) -> str:
             order = sorted(shapes, key=lambda s: [-int(n) for n in re.findall(r"\d+", s)])
             return f"{name} {'+'.join(order)}".strip()
     return "none"
-
-
-def programs_per_processor(architecture: str, registers: int, shared: int, warps: int) -> int:
-    """Programs that a multiprocessor runs at once; 0 if one alone does not fit."""
-    if shared > SHARED_MEMORY[architecture]:
-        return 0
-    if architecture not in PROCESSORS:
-        waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))  # of 4 SIMDs with 512 registers
-        return min(waves // warps, SHARED_MEMORY[architecture] // max(shared, 1))
-    most_warps, most, file, memory = PROCESSORS[architecture]
-    by_registers = file // (-(-registers // 8) * 8 * 32 * warps)
-    return min(most_warps // warps, most, by_registers, memory // (shared + 1024))
-
-
-def widths(dot: Dot, warps: int) -> int:
-    """N of the m64nNk16 instructions that compute a product on sm_90."""
-    across = max(1, warps // 4 // max(1, dot.rows // 64))
-    return min(256, dot.columns // across)
-
-
-def gemm_share(dots: Sequence[Dot], architecture: str, warps: int) -> float:
-    """The modelled share of a 128 x 256 GEMM's speed: see the top of this file.
-
-    Args:
-        dots: what a step multiplies.
-        architecture: one of `ARCHITECTURES`.
-        warps: of a program.
-    """
-    flops = loaded = read = 0.0  # of a step of depth 1, bytes of 2-byte operands
-    for dot in dots:
-        flops += 2 * dot.rows * dot.columns
-        loaded += 2 * ((dot.rows if dot.new_rows else 0) + dot.columns)
-        n = widths(dot, warps)
-        read += dot.rows / 64 * dot.columns / n * (2048 + 32 * n) / 16
-    share = flops / loaded / (2 * 128 * 256 / (2 * (128 + 256)))
-    if architecture == "sm_90":
-        products = flops / 4096
-        share = min(share, products / max(products, (read + loaded) / 128))
-    return share
 
 
 def compile_case(case: Mapping[str, Any]) -> dict[str, Any]:
@@ -424,8 +383,9 @@ def row(case: Case, found: Mapping[str, Any]) -> dict[str, Any]:
             case.architecture, found["registers"], found["shared_bytes"], warps
         )
     line |= {name: found.get(name) for name in ("tensor_core", "tma", "serialized")}
-    line["gemm_share"] = gemm_share(case.dots, case.architecture, warps) if case.dots else None
-    return line | {"error": found.get("error", ""), "ptxas": found.get("ptxas", "")}
+    line["gemm_share"] = speed_share(case, warps)
+    line |= {"error": found.get("error", ""), "ptxas": found.get("ptxas", "")}
+    return line | times(case, line["gemm_share"], line["programs_per_sm"])
 
 
 def frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -433,31 +393,49 @@ def frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     counts = ("stages", "registers", "spill_bytes", "loop_spills", "shared_bytes")
     kinds = dict.fromkeys((*counts, "programs_per_sm"), "Int64") | {"gemm_share": "float64"}
+    kinds |= dict.fromkeys(TIMES, "float64")
     return table.astype(kinds)
+
+
+def show(table: pd.DataFrame) -> None:
+    """Print what the compilers found, then the modelled times of the default configurations."""
+    shown = table.drop(columns=["error", "ptxas", *TIMES])
+    shown["gemm_share"] = shown["gemm_share"].map("{:.2f}".format)
+    print(shown.astype(object).where(table.notna(), "-").to_string(index=False))
+    served = table.dropna(subset=TIMES, how="all")
+    # per kernel and shape the first row that serves it: the default
+    defaults = served.groupby(["arch", "kernel"], sort=False)[list(TIMES)].first()
+    if len(defaults):
+        defaults.columns = pd.Index(SHAPES)
+        print(f"\nmodelled microseconds of the defaults, {TOKENS} tokens in one sequence:")
+        print(defaults.map(lambda us: "-" if pd.isna(us) else f"{us:,.0f}").to_string())
 
 
 def run(
     architectures: Sequence[str] = ARCHITECTURES,
     kernels: Sequence[str] = tuple(MODULES),
     csv: Path | None = None,
+    check: Path | None = None,
     jobs: int = 2,
     cache: Path | None = None,
 ) -> int:
-    """The command: compiles, prints, writes.
+    """The command: compiles, prints, compares, writes.
 
     Args:
         architectures: names from `ARCHITECTURES`.
         kernels: names from `MODULES`.
         csv: file for the table; None for no file.
+        check: folder of earlier tables, `<architecture>.csv`, to compare with; None for none.
         jobs: processes that compile.
         cache: folder of earlier results; None for the user's.
 
     Returns:
-        The exit code: 0; 1 if a case failed; 130 after Ctrl-C, with the table until then.
+        The exit code: 0; 1 if a case failed or is worse than before; 130 after Ctrl-C, with the
+        table until then.
 
     Raises:
-        ValueError: for a name that is not known or too few jobs.
-        OSError: if a file cannot be written.
+        ValueError: for a name that is not known, too few jobs, or an earlier table that is none.
+        OSError: if a file cannot be read or written.
     """
     for name in architectures:
         choose("arch", name, ARCHITECTURES)
@@ -467,6 +445,7 @@ def run(
     require("triton")
     if csv:
         writable_folder(csv.parent)
+    earlier = read_tables(check, architectures) if check else None
     wanted = cases(architectures, kernels)
     found: dict[int, dict[str, Any]] = {}
     interrupted = False
@@ -481,16 +460,19 @@ def run(
         print("nothing was compiled")
         return 130 if interrupted else 0
     table = frame([row(wanted[index], found[index]) for index in sorted(found)])
-    shown = table.drop(columns=["error", "ptxas"])
-    shown["gemm_share"] = shown["gemm_share"].map("{:.2f}".format)
-    print(shown.astype(object).where(table.notna(), "-").to_string(index=False))
+    show(table)
     failed = table[table["error"] != ""]
     for _, line in failed.iterrows():
         print(f"failed: {line['kernel']} {line['arch']} {line['variant']}: {line['error']}")
+    triton = _version("triton")
+    worse = [] if earlier is None else regressions(table, earlier, triton)
+    print("\n".join(worse), end="\n" if worse else "")
+    if earlier is not None and triton not in set(earlier["triton"]):
+        print(f"note: the earlier tables are not of triton {triton}: nothing was compared")
     if interrupted:
         print("note: interrupted: the table holds what was compiled until then")
     if csv:
-        table["triton"], table["date"] = _version("triton"), datetime.date.today().isoformat()
+        table["triton"], table["date"] = triton, datetime.date.today().isoformat()
         table.to_csv(csv, index=False)
         print(f"wrote {csv}")
-    return 130 if interrupted else int(len(failed) > 0)
+    return 130 if interrupted else int(len(failed) > 0 or len(worse) > 0)

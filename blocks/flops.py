@@ -2,7 +2,8 @@
 
 Counted as `torch.utils.flop_counter.FlopCounterMode` counts them, two a multiply-add: GEMMs and
 attention, nothing elementwise. PyTorch's CPU attention kernel is counted by its formula, which does
-not see causality; everybody else by the blocks of keys that some query sees.
+not see causality; everybody else by the blocks of keys that some query sees. `block_matmuls`
+lists the products one by one, `block_flops` adds them up.
 
 Importing this module gives PyTorch the formulas it lacks: for its CPU flash attention, and for
 oneDNN's linear layer.
@@ -11,7 +12,7 @@ oneDNN's linear layer.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,6 +76,84 @@ class Flops:
         return self.forward + self.backward + self.recompute
 
 
+@dataclass(frozen=True)
+class Matmul:
+    """A GEMM or an attention of a training step.
+
+    Attributes:
+        phase: `"forward"`, `"backward"`, or `"recompute"` for what a backward pass rebuilds.
+        name: the activation it makes, or `down`; in backward `<name>_input` where it makes the
+            gradient of that one's input, and a parameter's name where it makes a weight's.
+        flops: two a multiply-add.
+        elements: that its kernel reads and writes, each once, what is fused into it included.
+    """
+
+    phase: str
+    name: str
+    flops: int
+    elements: int
+
+
+def block_matmuls(
+    spec: BlockSpec,
+    policy: Policy,
+    wanted: frozenset[str],
+    tokens: int,
+    scores: int,
+    weighted: int,
+) -> list[Matmul]:
+    """The products of one block's training step, in order.
+
+    Args:
+        spec: the block.
+        policy: what it keeps.
+        wanted: names of what wants a gradient.
+        tokens: rows.
+        scores: FLOPs of `Q K^T` (see `score_flops`).
+        weighted: FLOPs of `P V`.
+    """
+    h, out = spec.hidden_size, spec.attn_out_size
+    f, preact = spec.intermediate_size, spec.preact_size
+    kept, rebuilt = block_reads(spec, policy, wanted)
+
+    def gemm(phase: str, name: str, columns: int, depth: int, fused: int = 0) -> Matmul:
+        elements = tokens * (depth + columns + fused) + depth * columns
+        return Matmul(phase, name, 2 * tokens * depth * columns, elements)
+
+    residual = 0 if spec.post_norm else h  # added by the GEMM
+    heads = tokens * (spec.qkv_size + out)
+    stored = preact if "preact" in kept else 0
+    forward = {
+        "qkv": gemm("forward", "qkv", spec.qkv_size, h),
+        "attn_out": Matmul("forward", "attn_out", scores + weighted, heads),
+        "mid": gemm("forward", "mid", h, out, residual),
+        "preact": gemm("forward", "preact", preact, h, f + stored - preact),
+        "down": gemm("forward", "down", h, f, residual),
+    }
+    found = list(forward.values())
+    again = forward | {"preact": gemm("recompute", "preact", preact, h)}
+    branches = {"attn_branch": "mid", "ffn_branch": "down"}
+    names = {branches.get(name, name) for name in rebuilt}
+    found += [replace(again[name], phase="recompute") for name in again if name in names]
+
+    attn = half_needs(spec, "attn", wanted, INPUT in wanted)
+    ffn = half_needs(spec, "ffn", wanted, attn.anything)
+    if ffn.inner:  # reads preact, writes its gradient and the activated hidden
+        found.append(gemm("backward", "down_input", f, h, 2 * preact))
+        if ffn.input or ffn.norm:
+            found.append(gemm("backward", "preact_input", h, preact))
+    if attn.inner:
+        found.append(gemm("backward", "mid_input", out, h))
+        flops = 3 * scores + 2 * weighted
+        found.append(Matmul("backward", "attn_out_input", flops, 2 * heads))
+        if attn.input or attn.norm:
+            found.append(gemm("backward", "qkv_input", h, spec.qkv_size))
+    for name, shape in spec.parameters().items():
+        if name in wanted and len(shape) == 2:
+            found.append(gemm("backward", name, *shape))
+    return found
+
+
 def _check_lengths(lengths: Sequence[int], batch_size: int, seq_len: int) -> None:
     if not isinstance(lengths, Sequence):
         raise TypeError(f"lengths is {lengths!r}, expected a sequence of integers")
@@ -136,11 +215,6 @@ def block_flops(
     if lengths is not None:
         _check_lengths(lengths, batch_size, seq_len)
     wanted = wanted_set(spec, requires_grad)
-    tokens = batch_size * seq_len
-    qkv = 2 * tokens * spec.hidden_size * spec.qkv_size
-    out = 2 * tokens * spec.hidden_size * spec.attn_out_size
-    up = 2 * tokens * spec.hidden_size * spec.preact_size
-    down = 2 * tokens * spec.hidden_size * spec.intermediate_size
     mask = AttentionMask(
         causal=spec.causal,
         window=spec.sliding_window,
@@ -157,26 +231,7 @@ def block_flops(
         * score_flops(seq_len, list(lengths) if lengths else None, width, mask, library, masked)
         for width in (spec.q_size, spec.attn_out_size)
     )
-    forward = qkv + scores + weighted + out + up + down
-
-    attn = half_needs(spec, "attn", wanted, INPUT in wanted)
-    ffn = half_needs(spec, "ffn", wanted, attn.anything)
-    backward = 0
-    if ffn.inner:
-        backward += down + (up if ffn.input or ffn.norm else 0)
-    if attn.inner:
-        backward += out + 3 * scores + 2 * weighted + (qkv if attn.input or attn.norm else 0)
-    for name, shape in spec.parameters().items():
-        if name in wanted and len(shape) == 2:
-            backward += 2 * tokens * shape[0] * shape[1]
-
-    costs = {
-        "qkv": qkv,
-        "attn_out": scores + weighted,
-        "mid": out,
-        "attn_branch": out,
-        "preact": up,
-        "ffn_branch": down,
-    }
-    rebuilt = block_reads(spec, parsed, wanted).rebuilt
-    return Flops(forward, backward, sum(costs[name] for name in rebuilt))
+    totals = dict.fromkeys(("forward", "backward", "recompute"), 0)
+    for matmul in block_matmuls(spec, parsed, wanted, batch_size * seq_len, scores, weighted):
+        totals[matmul.phase] += matmul.flops
+    return Flops(**totals)

@@ -5,9 +5,11 @@ which runs the kernels in the other tests, is not involved.
 """
 
 import importlib
+import importlib.metadata
 import json
 import os
 import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -15,29 +17,30 @@ import torch
 
 from backfuse import cli
 from backfuse.bench import static_cases, static_report
-from backfuse.bench.static_case import Case, Dot, bind
+from backfuse.bench.static_case import Case, bind
 from backfuse.bench.static_cases import ARCHITECTURES, cases
+from backfuse.bench.static_check import read_tables, regressions
+from backfuse.bench.static_model import widths
 from backfuse.bench.static_report import (
     Compiler,
     compile_all,
-    gemm_share,
+    frame,
     loop_spills,
-    programs_per_processor,
     read_amdgcn,
     read_assembly,
     read_ptxas,
     read_sass,
     row,
     tensor_core,
-    widths,
 )
 from backfuse.kernels import attention_configs
-from backfuse.kernels.configs import CONFIGS, SHARED_MEMORY, Config, shared_bytes
+from backfuse.kernels.configs import CONFIGS, Config, shared_bytes
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 GEMMS = tuple(CONFIGS)
+TABLES = Path(__file__).parents[1] / "bench" / "results" / "static"
 
 
 @pytest.fixture(scope="session")
@@ -57,13 +60,24 @@ def defaults(architecture):
     return [case for k in static_cases.MODULES for case in cases([architecture], [k])[:1]]
 
 
+def check_not_worse(pairs):
+    """Against the table that is checked in, where this version of Triton compiled it."""
+    earlier = read_tables(TABLES, sorted({case.architecture for case, _ in pairs}))
+    worse = regressions(
+        frame([row(*pair) for pair in pairs]), earlier, importlib.metadata.version("triton")
+    )
+    assert not worse, "\n".join([*worse, "if so it must be: backfuse bench static --csv"])
+
+
 # What holds for the kernels
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_default_compiles_and_fits(architecture, cache):
-    for case, found in compiled(defaults(architecture), cache):
+    pairs = compiled(defaults(architecture), cache)
+    check_not_worse(pairs)
+    for case, found in pairs:
         where = f"{case.kernel} {architecture}: {found}"
         assert "error" not in found, where
         assert row(case, found)["programs_per_sm"] >= 1, where
@@ -91,7 +105,9 @@ def check_estimate(kernel, config, architecture, actual):
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", GEMMS)
 def test_hopper_spills_nothing_in_a_loop_and_serialises_nothing(kernel, cache):
-    for index, (case, found) in enumerate(compiled(cases(["sm_90"], [kernel]), cache)):
+    pairs = compiled(cases(["sm_90"], [kernel]), cache)
+    check_not_worse(pairs)
+    for index, (case, found) in enumerate(pairs):
         where = f"{kernel} {case.variant} {case.tile}: {found}"
         assert "error" not in found, where
         assert not found["serialized"], where
@@ -110,7 +126,9 @@ def test_hopper_spills_nothing_in_a_loop_and_serialises_nothing(kernel, cache):
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", attention_configs.CONFIGS)
 def test_hopper_attention_spills_nothing_in_a_loop_and_serialises_nothing(kernel, cache):
-    for case, found in compiled(cases(["sm_90"], [kernel]), cache):
+    pairs = compiled(cases(["sm_90"], [kernel]), cache)
+    check_not_worse(pairs)
+    for case, found in pairs:
         where = f"{kernel} {case.variant} {case.tile}: {found}"
         assert "error" not in found, where
         assert not found["serialized"] and found["loop_spills"] == 0, where
@@ -207,33 +225,6 @@ def test_tensor_core_instructions_are_named():
     assert tensor_core("mma.sync.aligned.m16n8k16.row.col.f32.bf16") == "mma m16n8k16"
     assert tensor_core("tcgen05.mma.cta_group::1.kind::f16 [%r1]") == "tcgen05.mma"
     assert tensor_core("fma.rn.f32") == "none"
-
-
-# Modelling
-
-
-def test_programs_that_a_multiprocessor_runs():
-    assert programs_per_processor("sm_90", 168, 49_176, 4) == 3  # registers
-    assert programs_per_processor("sm_90", 90, 196_640, 8) == 1  # shared memory
-    assert programs_per_processor("sm_90", 32, 0, 8) == 8  # warps
-    assert programs_per_processor("sm_90", 90, SHARED_MEMORY["sm_90"] + 1, 8) == 0
-    assert programs_per_processor("gfx942", 128, 16_384, 8) == 2  # 4 waves on each of 4 SIMDs
-    assert programs_per_processor("gfx942", 64, 65_536, 4) == 1
-
-
-@pytest.mark.parametrize(
-    ("dots", "share"),
-    [
-        ([Dot(128, 256)], 1.0),
-        ([Dot(128, 128)], 0.75),
-        ([Dot(128, 128), Dot(128, 128, new_rows=False)], 0.89),
-        ([Dot(128, 128), Dot(128, 64)], 0.64),
-        ([Dot(128, 256), Dot(128, 128)], 0.90),
-    ],
-)
-def test_the_model_gives_the_published_ratios(dots, share):
-    # DESIGN, research on Triton, section B; the slower of shared memory and L2
-    assert gemm_share(dots, "sm_90", 8) == pytest.approx(share, abs=0.005)
 
 
 # Describing, compiling, keeping
@@ -388,12 +379,30 @@ def test_a_failed_case_is_the_exit_code(monkeypatch, tmp_path, capsys):
     assert "failed: attention_delta sm_80 main: ValueError: why" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("before, code", [(39, 1), (40, 0)])
+def test_a_worse_case_is_the_exit_code(before, code, monkeypatch, tmp_path, capsys):
+    found = {"registers": 40, "spill_bytes": 0, "shared_bytes": 0, "serialized": False, "stages": 3}
+    monkeypatch.setattr(static_report, "compile_all", lambda *_: iter([(0, found)]))
+    path = tmp_path / "sm_80.csv"
+    assert static_report.run(["sm_80"], ["attention_delta"], csv=path) == 0
+    table = pd.read_csv(path)
+    table["registers"] = before
+    table.to_csv(path, index=False)
+    assert static_report.run(["sm_80"], ["attention_delta"], check=tmp_path) == code
+    said = capsys.readouterr().out
+    assert ("worse: attention_delta sm_80 bf16 main 1x32x128: registers 39 -> 40" in said) == code
+    table.assign(triton="3.0.0").to_csv(path, index=False)
+    assert static_report.run(["sm_80"], ["attention_delta"], check=tmp_path) == 0
+    assert "nothing was compared" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
         ("--arch", "sm_91", "arch is 'sm_91', expected one of sm_80, .*did you mean 'sm_90'"),
         ("--kernel", "ffn_dakt", "kernel is 'ffn_dakt', expected .*did you mean 'ffn_dact'"),
         ("--jobs", "0", "jobs is 0, expected at least 1"),
+        ("--check", "/nowhere", "No such file.*/nowhere/sm_80.csv"),
     ],
 )
 def test_bad_options_are_named(option, value, message, capsys):

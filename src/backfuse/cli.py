@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench_ffn(subjects)
     _add_bench_overhead(subjects)
     _add_bench_static(subjects)
+    _add_bench_performance(subjects)
     _add_tune(commands)
     return parser
 
@@ -201,6 +202,9 @@ def _add_bench_static(subjects: argparse._SubParsersAction[argparse.ArgumentPars
     )
     parser.add_argument("--kernel", type=_names, metavar="A,B,...", help="(default: all)")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table there")
+    parser.add_argument(
+        "--check", type=Path, metavar="DIR", help="fail if a kernel is worse than in DIR/ARCH.csv"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.set_defaults(run=_bench_static)
 
@@ -213,6 +217,24 @@ def _bench_static(args: argparse.Namespace) -> int:
     return static_report.run(
         **{names.get(name, name): value for name, value in options.items() if value is not None}
     )
+
+
+def _add_bench_performance(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subjects.add_parser(
+        "performance",
+        help="what blocks would take on a GPU, by arithmetic: the tables of docs/performance.md",
+    )
+    parser.add_argument(
+        "--write", type=Path, metavar="PATH", help="write the tables into that document"
+    )
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="write the frontier (PNG) there")
+    parser.set_defaults(run=_bench_performance)
+
+
+def _bench_performance(args: argparse.Namespace) -> int:
+    from backfuse.bench import performance
+
+    return performance.run(write=args.write, plot=args.plot)
 
 
 def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,0 +1,1 @@
+"""What to keep for a number of bytes: choices of a layer, and the best mix of them."""

@@ -1,0 +1,147 @@
+"""What one layer can do: every policy, what it costs, and which are worth considering."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from backfuse.blocks.costs import BESIDE, BlockCosts, block_costs
+from backfuse.blocks.devices import Device
+from backfuse.blocks.devices import device as device_named
+from backfuse.blocks.errors import nearest
+from backfuse.blocks.policy import ACTIVATION_NAMES, FP8_NAMES, KEEP, Policy
+from backfuse.blocks.spec import BlockSpec
+
+#: Actions beside `keep` that a plan may use; `fp8` changes gradients.
+ALLOWED = ("recompute", "offload", "fp8")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A policy of one layer, and what it costs.
+
+    Attributes:
+        policy: the policy.
+        kept: bytes that stay on the device from forward to backward.
+        host: bytes that stay on the host.
+        transient: bytes beside these while its backward runs: what it rebuilds, what came back
+            from the host, and as much again on its way for the layer before. What every policy
+            needs alike (gradients, a chunk's scratch) is left out.
+        forward: seconds of its forward pass.
+        backward: seconds of its backward pass, rebuilding included.
+        link: seconds of the link, in each direction.
+    """
+
+    policy: Policy
+    kept: int
+    host: int
+    transient: int
+    forward: float
+    backward: float
+    link: float
+
+    @property
+    def seconds(self) -> float:
+        """Of both passes, if the link keeps up."""
+        return self.forward + self.backward
+
+
+def _policies(allow: Collection[str]) -> Iterator[Policy]:
+    """Every policy of these actions. `x` is not recomputed: that takes a segment of layers."""
+    actions = []
+    for name in ACTIVATION_NAMES:
+        barred = {"recompute"} if name == "x" else set()
+        barred |= set() if name in FP8_NAMES else {"fp8"}
+        actions.append(["keep", *(a for a in ALLOWED if a in allow and a not in barred)])
+    return itertools.starmap(Policy, itertools.product(*actions))
+
+
+def _transient(costs: BlockCosts, policy: Policy, full: dict[str, int]) -> int:
+    """Bytes as in `Choice`; `full` are those that the policy `keep` keeps.
+
+    A rebuilt preact takes nothing: it is made a chunk at a time, where its gradient goes.
+    """
+    rebuilt = (
+        size
+        for name, size in full.items()
+        if getattr(policy, BESIDE.get(name, name), "keep") == "recompute"
+        and BESIDE.get(name, name) != "preact"
+    )
+    return sum(rebuilt) + 2 * costs.host_bytes
+
+
+def layer_choices(
+    spec: BlockSpec,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: torch.dtype = torch.bfloat16,
+    device: Device | str,
+    allow: Collection[str] = ("recompute", "offload"),
+    requires_grad: bool | Collection[str] = True,
+) -> tuple[Choice, ...]:
+    """What one layer can do, the policy `keep` first; what another beats in everything is left out.
+
+    Args:
+        spec: the block.
+        batch_size: sequences.
+        seq_len: tokens a sequence.
+        dtype: of everything.
+        device: it, or its name.
+        allow: actions beside `keep`, of `ALLOWED`.
+        requires_grad: names of what wants a gradient (see `kept_bytes`).
+
+    Raises:
+        TypeError: for a spec, a dtype or names that are none.
+        ValueError: for sizes, names, devices, dtypes or actions that do not exist or fit.
+    """
+    for action in allow:
+        if action not in ALLOWED:
+            raise ValueError(
+                f"allow names {action!r}, expected actions among {', '.join(ALLOWED)}"
+                + nearest(action, ALLOWED)
+            )
+    where = device if isinstance(device, Device) else device_named(device)
+    full: dict[str, int] = {}
+    found: list[Choice] = []
+    for policy in _policies(allow):
+        costs = block_costs(
+            spec, policy, batch_size=batch_size, seq_len=seq_len, dtype=dtype, device=where,
+            requires_grad=requires_grad,
+        )  # fmt: skip
+        full = full or costs.kept  # the first policy keeps everything
+        transient = _transient(costs, policy, full)
+        found.append(
+            Choice(
+                policy,
+                costs.kept_bytes,
+                costs.host_bytes,
+                transient,
+                costs.forward,
+                costs.backward + costs.recompute,
+                costs.link,
+            )  # fmt: skip
+        )
+    assert found[0].policy == KEEP
+    return (found[0], *_undominated(found)[1:])
+
+
+def _undominated(choices: list[Choice]) -> list[Choice]:
+    """Those that no other, or an equal one before them, is at least as good as in everything."""
+
+    def costs(choice: Choice) -> tuple[float, ...]:
+        return choice.kept, choice.host, choice.transient, choice.seconds
+
+    return [
+        choice
+        for index, choice in enumerate(choices)
+        if not any(
+            all(a <= b for a, b in zip(costs(other), costs(choice), strict=True))
+            and (other_index < index or costs(other) != costs(choice))
+            for other_index, other in enumerate(choices)
+            if other_index != index
+        )
+    ]
