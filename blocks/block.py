@@ -16,6 +16,10 @@ from .run import Layer, RunJob, wanted_names
 from .spec import BlockSpec, check_spec
 
 
+#: The one parameter that stands in no module of its own.
+SINKS = "self_attn.sinks"
+
+
 class Norm(nn.Module):
     """The parameters of a norm; the block does the arithmetic.
 
@@ -110,6 +114,7 @@ class TransformerBlock(nn.Module):
             sinks = torch.empty(spec.num_attention_heads, device=device, dtype=dtype)
             self.get_submodule("self_attn").register_parameter("sinks", nn.Parameter(sinks))
         self._names = tuple(spec.parameters())
+        self._places = tuple((name, tuple(name.split("."))) for name in self._names)
         self.reset_parameters()
 
     @property
@@ -138,7 +143,7 @@ class TransformerBlock(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         if self.spec.attention_sinks:
-            nn.init.normal_(self.get_parameter("self_attn.sinks"), std=0.02)
+            nn.init.normal_(self.get_parameter(SINKS), std=0.02)
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name, in the spec's order.
@@ -148,17 +153,19 @@ class TransformerBlock(nn.Module):
                 parametrisation, a quantised layer): the block reads weights, and would silently
                 drop whatever else that module does.
         """
-        for name in self._names:
-            path = name.rpartition(".")[0]
-            module = self.get_submodule(path)
-            if path == "self_attn":  # the sinks', which are no module's of their own
-                continue
-            if type(module) not in (nn.Linear, Norm):
+        weights = {}
+        for name, (*path, kind) in self._places:
+            module: Any = self
+            for step in path:
+                module = None if module is None else module._modules.get(step)
+            if type(module) not in (nn.Linear, Norm) and name != SINKS:
                 raise TypeError(
-                    f"{path} is a {type(module).__name__}, expected a plain torch.nn.Linear or the "
-                    "block's own norm: a block reads its weight and would drop what else it does"
+                    f"{'.'.join(path)} is a {type(module).__name__}, expected a plain "
+                    "torch.nn.Linear or the block's own norm: a block reads its weight and would "
+                    "drop what else it does"
                 )
-        return {name: self.get_parameter(name) for name in self._names}
+            weights[name] = getattr(module, kind)
+        return weights
 
     def forward(
         self,
