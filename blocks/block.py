@@ -15,7 +15,6 @@ from .replay import effective_policies
 from .run import Layer, RunJob, wanted_names
 from .spec import BlockSpec, check_spec
 
-
 #: The one parameter that stands in no module of its own.
 SINKS = "self_attn.sinks"
 
