@@ -1,24 +1,24 @@
-"""Bytes and seconds are measured right, the rivals are what they say, the benchmark runs."""
+"""Bytes, GEMMs and seconds are measured right; PyTorch's own ways hold what they say."""
 
-import dataclasses
 import gc
 import shutil
+import time
 
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import backfuse
-from backfuse import cli
-from backfuse.bench import block, block_results, measure, options, rivals
+from backfuse import BlockSpec
+from backfuse.bench import measure, plain, ways
 
 B, T, H, FF, HEADS, KV = 2, 24, 32, 80, 4, 2
 TOKENS = B * T
-TINY = ["--layers", "2", "--hidden-size", "32", "--intermediate-size", "80", "--heads", "4"]
-TINY += ["--batch-size", "2", "--seq-len", "24", "--rounds", "2", "--device", "cpu"]
+SPEC = BlockSpec(H, FF, HEADS, KV)
+EAGER_WAYS = ("eager", "checkpoint", "sac-attention", "sac-every-2nd-mm")
 
 has_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler"
@@ -26,14 +26,19 @@ has_compiler = pytest.mark.skipif(
 
 
 def plain_blocks(count=2, dtype=torch.float32):
-    blocks = [rivals.PlainBlock(H, FF, HEADS, KV, dtype=dtype) for _ in range(count)]
+    blocks = [plain.PlainBlock(SPEC, dtype=dtype) for _ in range(count)]
     for parameter in nn.ModuleList(blocks).parameters():
         nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
     return blocks
 
 
 def rotary(dtype=torch.float32):
-    return rivals.rotary_tables(T, H // HEADS, dtype=dtype)
+    return plain.rotary_tables(T, H // HEADS, dtype=dtype)
+
+
+def run_in(way, layers):
+    """A function of hidden states and tables."""
+    return plain.PlainStack(layers, ways.make_way(way))
 
 
 def gradients(run, layers, x, tables):
@@ -120,22 +125,21 @@ def test_kept_bytes_need_a_graph():
         measure.kept_bytes_measured(lambda x: x * 2, torch.randn(3))
 
 
-@pytest.mark.parametrize("way", [name for name in rivals.RIVALS if not name.startswith("compile")])
+@pytest.mark.parametrize("way", EAGER_WAYS)
 def test_both_ways_of_counting_agree(way):
-    run, tables = rivals.RIVALS[way](plain_blocks()), rotary()
+    run, tables = run_in(way, plain_blocks()), rotary()
     x = torch.randn(B, T, H, requires_grad=True)
     kept = measure.kept_bytes_measured(lambda x: run(x, tables), x)
-    states = 0 if way == "plain" else 2 * torch.get_rng_state().nbytes
+    states = 0 if way == "eager" else 2 * torch.get_rng_state().nbytes
     assert measure.held_bytes(lambda x: run(x, tables), x) == kept + states
 
 
 def test_kept_bytes_of_backfuse_are_the_predicted_ones():
-    spec = backfuse.BlockSpec(H, FF, HEADS, KV)
-    for policy in block_results.POLICIES:
-        stack = backfuse.BlockStack(spec, 2, policy=policy)
+    for policy in ("keep", "selective", "lean", "full"):
+        stack = backfuse.BlockStack(SPEC, 2, policy=policy)
         tables = rotary()
         x = torch.randn(B, T, H, requires_grad=True)
-        predicted = backfuse.kept_bytes(spec, policy, batch_size=B, seq_len=T)
+        predicted = backfuse.kept_bytes(SPEC, policy, batch_size=B, seq_len=T)
         measured = measure.kept_bytes_measured(
             lambda x, stack=stack, tables=tables: stack(x, position_embeddings=tables), x
         )
@@ -151,13 +155,16 @@ def test_allocator_trace():
         return second, third
 
     trace = measure.allocator_trace(call)
-    assert trace == measure.Allocations(peak_bytes=6_000_000, live_bytes=3_000_000)
+    assert (trace.peak_bytes, trace.live_bytes) == (6_000_000, 3_000_000)
+    levels = [level for _, level in trace.timeline]
+    assert levels == [4_000_000, 6_000_000, 2_000_000, 3_000_000]
+    assert [ms for ms, _ in trace.timeline] == sorted(ms for ms, _ in trace.timeline)
 
 
 def test_allocator_trace_leaves_out_what_was_there():
     there = torch.ones(1_000_000)
     trace = measure.allocator_trace(there.neg)
-    assert trace == measure.Allocations(peak_bytes=4_000_000, live_bytes=4_000_000)
+    assert (trace.peak_bytes, trace.live_bytes) == (4_000_000, 4_000_000)
 
 
 def test_allocator_trace_is_silent(capfd):
@@ -175,6 +182,20 @@ def test_count_flops_sees_attention():
     q = torch.randn(1, 2, 16, 8, requires_grad=True)
     flops = measure.count_flops(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True))
     assert flops == 2 * 2 * (2 * 16 * 16 * 8)
+
+
+@pytest.mark.parametrize(
+    ("way", "gemms"),
+    # Seven projections: 7 forward, 14 backward. A replay stops before the last one, and leaves out
+    # those that are saved.
+    [("eager", 21), ("checkpoint", 27), ("sac-attention", 27), ("sac-every-2nd-mm", 24)],
+)
+def test_gemms_are_those_that_run(way, gemms):
+    layers = plain_blocks(1)
+    run, tables, x = run_in(way, layers), rotary(), torch.randn(B, T, H, requires_grad=True)
+    with measure.GemmCounter() as counter:
+        run(x, tables).sum().backward()
+    assert counter.count == gemms
 
 
 # Seconds
@@ -208,39 +229,60 @@ def test_seconds_leave_the_collector_as_it_was():
         gc.enable()
 
 
-# Rivals
+def test_laps():
+    calls = []
+
+    def step(mark):
+        mark()
+        calls.append(1)
+        mark()
+        mark()
+
+    found = measure.laps(step, DEVICE, repeats=3)
+    assert len(calls) == 3
+    assert [len(parts) for parts in found] == [2, 2, 2]
+    assert all(seconds >= 0 for parts in found for seconds in parts)
+
+
+def test_kernel_seconds_are_of_one_call():
+    pause = [0.001, 0.03, *[0.001] * 200]
+    found = measure.kernel_seconds(lambda: time.sleep(pause.pop(0)), "cpu")
+    assert 0.001 <= found < 0.03
+    assert 100 < len(pause) < 200
+
+
+# Plain blocks, and PyTorch's ways to run them
 
 
 def test_plain_block_is_hugging_faces_layer():
     transformers = pytest.importorskip("transformers")
-    layers, name = rivals.llama_layers(1, H, FF, HEADS, KV)
+    layers, name = plain.make_layers(SPEC, 1)
     assert name == "LlamaDecoderLayer"
     assert isinstance(layers[0], transformers.models.llama.modeling_llama.LlamaDecoderLayer)
     ours = plain_blocks(1)[0]
     ours.load_state_dict(layers[0].state_dict())
     assert list(ours.state_dict()) == list(layers[0].state_dict())
     x = torch.randn(B, T, H)
-    theirs = gradients(rivals.run_plain(layers), layers, x, rotary())
+    theirs = gradients(run_in("eager", layers), layers, x, rotary())
     for mine, other in zip(
-        gradients(rivals.run_plain([ours]), [ours], x, rotary()), theirs, strict=True
+        gradients(run_in("eager", [ours]), [ours], x, rotary()), theirs, strict=True
     ):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
 def test_plain_block_interchanges_with_backfuse():
-    plain = plain_blocks(1, torch.float64)[0]
-    spec = backfuse.BlockSpec(H, FF, HEADS, KV)
-    fused = backfuse.TransformerBlock(spec, dtype=torch.float64)
-    fused.load_state_dict(plain.state_dict())
-    plain.load_state_dict(fused.state_dict())
+    theirs = plain_blocks(1, torch.float64)[0]
+    fused = backfuse.TransformerBlock(SPEC, dtype=torch.float64)
+    fused.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(fused.state_dict())
     x, tables = torch.randn(B, T, H, dtype=torch.float64), rotary(torch.float64)
     out = fused(x, position_embeddings=tables)
-    torch.testing.assert_close(out, plain(x, position_embeddings=tables))
+    torch.testing.assert_close(out, theirs(x, position_embeddings=tables))
 
 
 def test_rotary_tables_are_backfuses():
     cos, sin = backfuse.rope_cos_sin(torch.arange(T)[None], H // HEADS)
-    mine = rivals.rotary_tables(T, H // HEADS)
+    mine = plain.rotary_tables(T, H // HEADS)
     torch.testing.assert_close(mine[0], cos)
     torch.testing.assert_close(mine[1], sin)
 
@@ -248,8 +290,8 @@ def test_rotary_tables_are_backfuses():
 @pytest.mark.parametrize("way", ["checkpoint", "sac-attention", "sac-every-2nd-mm"])
 def test_checkpoints_find_plains_gradients_bitwise(way):
     layers, x = plain_blocks(), torch.randn(B, T, H)
-    expected = gradients(rivals.run_plain(layers), layers, x, rotary())
-    found = gradients(rivals.RIVALS[way](layers), layers, x, rotary())
+    expected = gradients(run_in("eager", layers), layers, x, rotary())
+    found = gradients(run_in(way, layers), layers, x, rotary())
     assert all(map(torch.equal, expected, found))
 
 
@@ -264,7 +306,7 @@ def test_checkpoints_find_plains_gradients_bitwise(way):
     ],
 )
 def test_checkpoints_hold_what_they_say(way, per_token):
-    run, tables = rivals.RIVALS[way](plain_blocks()), rotary()
+    run, tables = run_in(way, plain_blocks()), rotary()
     x = torch.randn(B, T, H, requires_grad=True)
     held = measure.kept_bytes_measured(lambda x: run(x, tables), x)
     assert held == 2 * 4 * TOKENS * per_token
@@ -274,20 +316,22 @@ def test_every_budget_has_its_own_code_object(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiled.append(f) or f)
     layers, x = plain_blocks(), torch.randn(B, T, H)
-    expected = rivals.run_plain(layers)(x, rotary())
-    for budget in rivals.BUDGETS:
-        assert torch.equal(rivals.run_compiled(layers, budget)(x, rotary()), expected)
-    assert len({id(function.__code__) for function in compiled}) == len(rivals.BUDGETS)
+    expected = run_in("eager", layers)(x, rotary())
+    names = [name for name in ways.WAYS if name.startswith("compile")]
+    for name in names:
+        assert torch.equal(run_in(name, layers)(x, rotary()), expected)
+    codes = [function.__code__ for function in compiled]
+    assert len(set(codes)) == len(codes) == len(names)
 
 
 @pytest.mark.slow
 @has_compiler
 def test_budgets_hold_different_bytes_in_one_process():
     layers, x = [Toy(), Toy()], torch.randn(TOKENS, H)
-    expected = gradients(rivals.run_plain(layers), layers, x, rotary())
+    expected = gradients(run_in("eager", layers), layers, x, rotary())
     held = []
-    for budget in (1.0, 0.0):
-        run = rivals.run_compiled(layers, budget)
+    for way in ("compile", "compile-0.0"):
+        run = run_in(way, layers)
         found = gradients(run, layers, x, rotary())
         for mine, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
@@ -295,136 +339,3 @@ def test_budgets_hold_different_bytes_in_one_process():
         held.append(measure.held_bytes(lambda x, run=run: run(x, rotary()), fresh))
     assert held[1] == 2 * 4 * TOKENS * H
     assert held[0] >= held[1] + 2 * 4 * TOKENS * FF
-
-
-def test_missing_compiler_is_named(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert rivals.missing("checkpoint") is None
-    assert "C++ compiler" in rivals.missing("compile-0.5")
-    setup = block_results.Setup(2, H, FF, HEADS, device="cpu", providers=("compile-0.5",))
-    results = block_results.Results(setup)
-    assert [name for name, _ in block.build(setup, results)] == ["plain"]
-    assert any(note.startswith("compile-0.5 left out") for note in results.notes)
-
-
-# The command
-
-
-def test_bench_block(tmp_path, capsys):
-    csv, plot = tmp_path / "new" / "table.csv", tmp_path / "picture.png"
-    chosen = ["--provider", "checkpoint,sac-attention,backfuse", "--policy", "keep,full"]
-    outputs = ["--csv", str(csv), "--plot", str(plot)]
-    assert cli.main(["bench", "block", *TINY, *chosen, *outputs]) == 0
-    printed = capsys.readouterr().out
-    frame = pd.read_csv(csv)
-    names = ["plain", "checkpoint", "sac-attention", "backfuse keep", "backfuse full"]
-    assert list(frame["provider"]) == names
-    assert all(name in printed for name in names)
-    assert (frame["gradient_error"] < 1e-4).all()
-    assert frame["time_vs_plain"].iloc[0] == 1
-    assert (frame["peak_mib"] > 0).all()
-    spec = backfuse.BlockSpec(H, FF, HEADS)
-    for policy in ("keep", "full"):
-        kept = backfuse.kept_bytes(spec, policy, batch_size=2, seq_len=24)
-        row = frame.set_index("provider").loc[f"backfuse {policy}"]
-        assert row["held_kib_per_token_layer"] == pytest.approx(sum(kept.values()) / 48 / 1024)
-    assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-def test_interrupted_bench_prints_what_is_done(capsys, monkeypatch):
-    calls = []
-
-    def interrupted(call, device):
-        calls.append(call)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return 1.0
-
-    monkeypatch.setattr(measure, "seconds", interrupted)
-    assert cli.main(["bench", "block", *TINY, "--provider", "checkpoint"]) == 130
-    printed = capsys.readouterr().out
-    assert "checkpoint" in printed and "1.000" in printed
-    assert "interrupted" in printed
-
-
-def test_wrong_gradients_are_noted(monkeypatch):
-    def half(layers):
-        run = rivals.run_plain(layers)
-        return lambda x, tables: run(x, tables) / 2
-
-    monkeypatch.setitem(rivals.RIVALS, "checkpoint", half)
-    setup = block_results.Setup(
-        1, H, FF, HEADS, seq_len=8, rounds=1, device="cpu", providers=("checkpoint",)
-    )
-    results = block.bench(setup)
-    assert "checkpoint does NOT find plain's gradients" in results.notes
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--provider", "checkpiont"], ["provider", "'checkpiont'", "did you mean 'checkpoint'"]),
-        (["--policy", "ful"], ["policy", "did you mean 'full'"]),
-        (["--heads", "5"], ["hidden_size is 32", "multiple of 2 * heads = 10"]),
-        (["--kv-heads", "3"], ["kv_heads is 3", "heads = 4"]),
-        (["--layers", "0"], ["layers is 0"]),
-        (["--rounds", "-1"], ["rounds is -1"]),
-        (["--threads", "0"], ["threads is 0"]),
-        (["--dtype", "fp31"], ["dtype", "did you mean 'fp32'"]),
-        (["--dtype", "FP32"], ["dtype is 'FP32'", "did you mean 'fp32'"]),
-        (["--seed", "-1"], ["seed is -1, expected 0 to"]),
-        (["--seed", str(2**64 - 1)], [f"seed is {2**64 - 1}, expected 0 to"]),
-        (["--seed", str(2**64)], [f"seed is {2**64}, expected 0 to"]),
-        (["--device", "gpu"], ["device is 'gpu'"]),
-        (["--csv", "/dev/null/table.csv"], ["cannot write to /dev/null"]),
-    ],
-)
-def test_bad_options_are_one_line_and_exit_2(args, words, capsys):
-    assert cli.main(["bench", "block", *TINY, *args]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("backfuse: error: ")
-    for word in words:
-        assert word in lines[0]
-
-
-def test_defaults_of_the_command_are_the_setups():
-    options = vars(cli._parser().parse_args(["bench", "block"]))
-    defaults = dataclasses.asdict(block_results.Setup())
-    for name, value in options.items():
-        if value is not None and name in defaults:
-            assert value == defaults[name], name
-
-
-def test_missing_package_is_named(monkeypatch, capsys):
-    real = options.importlib.import_module
-
-    def absent(name):
-        if name == "tqdm":
-            raise ModuleNotFoundError("No module named 'tqdm'", name="tqdm")
-        return real(name)
-
-    monkeypatch.setattr(options.importlib, "import_module", absent)
-    assert cli.main(["bench", "block", *TINY]) == 2
-    assert 'pip install "backfuse[bench]"' in capsys.readouterr().err
-
-
-def test_version_and_usage(capsys):
-    with pytest.raises(SystemExit) as left:
-        cli.main(["--version"])
-    assert left.value.code == 0
-    assert capsys.readouterr().out.strip() == f"backfuse {backfuse.__version__}"
-    for args in ([], ["bench"], ["demo", "--steps", "many"]):
-        with pytest.raises(SystemExit) as left:
-            cli.main(args)
-        assert left.value.code == 2
-
-
-def test_labels_do_not_overlap(tmp_path):
-    pytest.importorskip("matplotlib")
-    from backfuse.bench.plot import Point, tradeoff
-
-    points = [Point(name, 2.0 + i / 10, 1.0 + i / 50) for i, name in enumerate(rivals.RIVALS)]
-    tradeoff(points, tmp_path / "a.png", title="t", subtitle="s", time_label="time")
-    assert (tmp_path / "a.png").stat().st_size > 10_000
