@@ -105,7 +105,9 @@ class ByteModel(nn.Module):
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats a byte."""
-        return F.cross_entropy(self(inputs).flatten(0, 1).float(), targets.flatten())
+        logits = self(inputs).flatten(0, 1)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), targets.flatten())
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from .model import ByteModel
 from .plain import (
+    PlainBlock,
     PlainCore,
     PlainHalf,
     PlainRope,
@@ -139,6 +141,15 @@ def attention(case: Case) -> Problem:
     return Problem(case, PlainCore(spec), inputs, attention=_core_flops(case))
 
 
+def _precise_layers(case: Case, layers: Iterable[nn.Module], dtype: torch.dtype) -> list[nn.Module]:
+    """The same blocks in a higher dtype. Hugging Face's norms compute in fp32, whatever theirs."""
+    copies: list[nn.Module] = []
+    for layer in layers:
+        copies.append(PlainBlock(case.spec, device=case.device, dtype=dtype))
+        copies[-1].load_state_dict(layer.state_dict())
+    return copies
+
+
 def stack(case: Case) -> Problem:
     """Blocks in a row; one of them for `block`."""
     layers, kind = make_layers(case.spec, case.layers, **case.factory)
@@ -147,9 +158,13 @@ def stack(case: Case) -> Problem:
     def apply(way: Way, stack: PlainStack) -> Run:
         return PlainStack(stack.layers, way, rotary_of(stack))
 
+    def precise(stack: PlainStack, dtype: torch.dtype) -> nn.Module:
+        layers = _precise_layers(case, stack.layers, dtype)
+        return PlainStack(layers, rotary=rotary_of(stack)).to(dtype)
+
     x = _random(case, case.spec.hidden_size)
     flops = case.layers * _core_flops(case)
-    return Problem(case, module, {"x": x}, kind, apply, attention=flops)
+    return Problem(case, module, {"x": x}, kind, precise, apply, attention=flops)
 
 
 def train(case: Case) -> Problem:
@@ -162,11 +177,16 @@ def train(case: Case) -> Problem:
         assert isinstance(model.stack, PlainStack)
         return model.around(PlainStack(model.stack.layers, way)).loss
 
+    def precise(model: ByteModel, dtype: torch.dtype) -> nn.Module:
+        assert isinstance(model.stack, PlainStack)
+        stack = PlainStack(_precise_layers(case, model.stack.layers, dtype))
+        return copy.deepcopy(model.around(stack)).to(dtype)
+
     shape = (case.batch_size, case.seq_len)
     names = ("inputs", "targets")
     inputs = {name: torch.randint(256, shape, device=case.device) for name in names}
     flops = case.layers * _core_flops(case)
-    return Problem(case, module, inputs, kind, apply, attention=flops, train=True)
+    return Problem(case, module, inputs, kind, precise, apply, attention=flops, train=True)
 
 
 #: Operation -> makes its problem.

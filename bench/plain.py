@@ -175,7 +175,7 @@ class PlainAttention(nn.Module):
         )
         if self.spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
+        if rotary is not None and self.spec.rope:
             q, k = (rotate(x.transpose(1, 2), rotary).transpose(1, 2) for x in (q, k))
         return self.o_proj(sdpa(q, k, v, self.spec.causal).flatten(2))
 
@@ -222,9 +222,10 @@ def make_layers(spec: BlockSpec, count: int, **factory: Any) -> tuple[list[nn.Mo
 
     Returns:
         Hugging Face's `LlamaDecoderLayer` with sdpa where that is the block and transformers is
-        installed, else `PlainBlock`, in training mode; and the name of the class.
+        installed, else `PlainBlock`, in training mode; and the name of the class. In fp64 always
+        `PlainBlock`: Hugging Face's norms compute in fp32.
     """
-    if not is_llama(spec):
+    if not is_llama(spec) or factory.get("dtype") == torch.float64:
         return [PlainBlock(spec, **factory) for _ in range(count)], "PlainBlock"
     try:
         from transformers import LlamaConfig

@@ -40,6 +40,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
+#: Columns that are never numbers, whatever they look like.
+TEXTS = ("backfuse", "torch", "triton", "provider", "policy", "status", "note")
+
+
 def device_name(device: str) -> str:
     """Of a GPU its name, of a CPU its architecture and how many threads PyTorch uses."""
     if torch.device(device).type == "cuda":
@@ -157,12 +161,11 @@ def read(paths: Iterable[Path]) -> pd.DataFrame:
     """
     frames = []
     for path in paths:
-        frame = pd.read_csv(path, dtype={"triton": str, "torch": str, "backfuse": str})
+        frame = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str))
         missing = set(COLUMNS) - set(frame.columns)
         if missing:
             raise ValueError(f"{path} has no column {', '.join(sorted(missing))}")
-        texts = ["policy", "note", "triton", "provider", "status"]
-        frames.append(frame.fillna(dict.fromkeys(texts, "")).assign(file=path.name))
+        frames.append(frame.fillna(dict.fromkeys(TEXTS, "")).assign(file=path.name))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*COLUMNS])
 
 

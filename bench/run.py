@@ -343,16 +343,18 @@ class Bench:
         """Marks a contender that is further from the exact run than rounding and eager explain."""
         terms = max(case.tokens, case.spec.hidden_size, case.spec.intermediate_size)
         least = case.layers * rounding(case.torch_dtype, terms)
-        for name, error in contender.errors.items():
-            allowed = least
-            if contender is not eager:
-                allowed += 3 * eager.errors.get(name, 0.0)
-            if not error <= allowed:
-                contender.status = "WRONG"
-                contender.note = f"error of {name} {error:.1e}, expected at most {allowed:.1e}"
-                print(f"  {contender.name} is WRONG: {contender.note}", flush=True)
-                self.failed |= contender.provider.startswith("backfuse")
-                break
+        allowed = {
+            name: least + (0.0 if contender is eager else 3 * eager.errors.get(name, 0.0))
+            for name in contender.errors
+        }
+        excess = {name: error / allowed[name] for name, error in contender.errors.items()}
+        if max(excess.values(), default=0.0) > 1:
+            worst = max(excess, key=lambda name: excess[name])
+            error = contender.errors[worst]
+            contender.status = "WRONG"
+            contender.note = f"error of {worst} {error:.1e}, expected at most {allowed[worst]:.1e}"
+            print(f"  {contender.name} is WRONG: {contender.note}", flush=True)
+            self.failed |= contender.provider.startswith("backfuse")
 
     def _time(
         self, step: Step, done: list[Contender], ceilings: Ceilings, bar: Any
