@@ -64,7 +64,7 @@ class Finding:
 
     def __str__(self) -> str:
         error = f"  error {self.error:.1e} (at most {self.limit:.1e})" if self.error >= 0 else ""
-        return f"{self.status:<6}{self.name}{error}"
+        return f"{self.status:<5} {self.name}{error}"
 
 
 def ptxas_version() -> str | None:

@@ -56,14 +56,15 @@ How to measure: `backfuse bench --help`, `backfuse bench list`.
 
 
 def results(root: Path) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
-    """Device's folder -> rows, and timelines; of files that hold the same, the first's come first.
+    """Device's folder -> rows of all of its files, `results.csv` first, and timelines.
 
     Raises:
         ValueError: for a file that is no table of rows.
     """
     found = {}
     for folder in sorted((root / "bench" / "results").iterdir()):
-        files = [f for f in sorted(folder.glob("results*.csv")) if not f.stem.endswith("-timeline")]
+        files = sorted(folder.glob("results*.csv"), key=lambda path: path.stem)
+        files = [path for path in files if not path.stem.endswith("-timeline")]
         if files:
             lines = [timeline_file(f) for f in files if timeline_file(f).exists()]
             frames = [pd.read_csv(f, keep_default_na=False) for f in lines]
@@ -99,11 +100,16 @@ def picture_name(what: str, size: Any) -> str:
     return "-".join(str(part) for part in parts) + ".png"
 
 
+def first_run(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without rows that an earlier file has too."""
+    return rows.drop_duplicates([*SIZE, "provider", "policy", "mode"])
+
+
 def _readme_part(rows: pd.DataFrame) -> str:
     chosen = rows
     for name, value in README_CASE.items():
         chosen = chosen[chosen[name] == value]
-    chosen = chosen[chosen["file"] == chosen["file"].min()]
+    chosen = first_run(chosen)
     if chosen.empty:
         raise ValueError(f"bench/results/{README_DEVICE} has no rows of {README_CASE}")
     first = chosen.iloc[0]
@@ -171,7 +177,8 @@ def _section(folder: str, group: pd.DataFrame, timelines: pd.DataFrame) -> Itera
 
 
 def _table(group: pd.DataFrame) -> Iterator[str]:
-    main, *others = [rows for _, rows in group.groupby("file")]
+    main = first_run(group)
+    others = [rows for _, rows in group.groupby("file", sort=False)][1:]
     columns: dict[str, list[str]] = {
         "provider": [name_of(row) for _, row in main.iterrows()],
         "mode": list(main["mode"]),
@@ -248,7 +255,7 @@ def draw(root: Path) -> list[Path]:
     written = [base / "activations.png"]
     plot_activations("llama-3-8b", SHAPES["llama-3-8b"], written[0])
     for folder, (rows, timelines) in results(root).items():
-        both = rows[(rows["mode"] == "both") & (rows["file"] == rows["file"].min())]
+        both = first_run(rows[rows["mode"] == "both"])
         for _, group in both.groupby(["op", "shape", "dtype"], sort=False):
             if _rated(group):
                 which = {name: group.iloc[0][name] for name in ("op", "shape", "dtype")}

@@ -1,7 +1,6 @@
 """`backfuse bench OP`: all operations are right, rows hold what they say, what goes wrong shows."""
 
 import dataclasses
-import gc
 import math
 import shutil
 import sys
@@ -51,20 +50,12 @@ ARGS = ["--shape", "tiny", "--tokens", "40", "--rounds", "2", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch):
+def tiny(monkeypatch, quick_collector):
     """Small shapes beside the real ones, and a small copy."""
     for name, spec in TINY_SHAPES.items():
         monkeypatch.setitem(shapes.ALL_SHAPES, name, spec)
     monkeypatch.setitem(measure.COPY_BYTES, "cpu", 2**12)
     monkeypatch.setattr(measure, "KERNEL_SECONDS", 1e-4)
-
-
-@pytest.fixture(autouse=True)
-def quick_collector():
-    """Each measurement of bytes collects garbage: let it not look at what has been imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def setup(op, **changes):
