@@ -27,7 +27,7 @@ from torch._C._autograd import DeviceType
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import backfuse.blocks.flops  # noqa: F401  gives PyTorch the formulas it lacks
 
@@ -35,9 +35,21 @@ GIB = 2**30
 MIB = 2**20
 KIB = 2**10
 
-#: PyTorch's operators that are one matrix multiplication, or a batch of them.
-GEMMS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm"}
-GEMMS |= {"mkldnn::_linear_pointwise"}
+#: PyTorch's operators that are one matrix multiplication, or a batch of them -> how many of their
+#: arguments say how large it is.
+GEMMS = {
+    "aten::mm": 2, "aten::addmm": 3, "aten::bmm": 2, "aten::baddbmm": 3, "aten::_scaled_mm": 2,
+    "mkldnn::_linear_pointwise": 2,
+}  # fmt: skip
+
+#: The same of its attention kernels.
+ATTENTION = {
+    f"aten::_scaled_dot_product_{kernel}{backward}": 4 if backward else 3
+    for kernel in (
+        "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"
+    )
+    for backward in ("", "_backward")
+}  # fmt: skip
 
 #: Bytes that are written before a step: more than any L2 cache, some 0.3 ms on an H200.
 FLUSH_BYTES = 1024 * MIB
@@ -127,18 +139,34 @@ class GemmCounter(TorchDispatchMode):
     """Counts matrix multiplications that PyTorch runs while active; blind inside compiled code.
 
     Attributes:
-        count: so many.
+        gemms: so many.
+        flops: theirs and attention's; attention counts as if it were not causal.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.gemms = self.flops = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        self.count += func.name().partition(".")[0] in GEMMS
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.gemms += str(func._schema.name) in GEMMS
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+def _event_flops(event: Any) -> int:
+    """The same of an operator that the profiler saw, from the shapes of what it was given."""
+    operands = (GEMMS | ATTENTION).get(event.name())
+    if operands is None:
+        return 0
+    namespace, _, name = event.name().partition("::")
+    formula = flop_registry[getattr(getattr(torch.ops, namespace), name)]
+    return formula(*event.shapes()[:operands])
 
 
 @dataclass(frozen=True)
@@ -150,12 +178,14 @@ class Allocations:
         live_bytes: what is left while the call's result is still held.
         gemms: matrix multiplications that PyTorch was asked for, in compiled code too. Those
             inside Triton kernels are not among them; one that a checkpoint stops before it runs is.
+        flops: theirs and attention's.
         timeline: milliseconds and bytes after each allocation and release.
     """
 
     peak_bytes: int
     live_bytes: int
     gemms: int = 0
+    flops: int = 0
     timeline: list[tuple[float, int]] = field(default_factory=list)
 
 
@@ -172,7 +202,7 @@ def allocator_trace(call: Callable[[], Any], device: torch.device | str = "cpu")
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    profiler = torch.autograd.profiler.profile(profile_memory=True)
+    profiler = torch.autograd.profiler.profile(profile_memory=True, record_shapes=True)
     with _silent_stderr():
         profiler.__enter__()
     try:
@@ -183,9 +213,11 @@ def allocator_trace(call: Callable[[], Any], device: torch.device | str = "cpu")
             profiler.__exit__(None, None, None)
     trace: Any = profiler.kineto_results
     here = DeviceType.CUDA if cuda else DeviceType.CPU
-    changes, gemms = [], 0
+    changes, gemms, flops = [], 0, 0
     for event in trace.events():
-        gemms += event.name() in GEMMS and event.device_type() == DeviceType.CPU
+        if event.device_type() == DeviceType.CPU:
+            gemms += event.name() in GEMMS
+            flops += _event_flops(event)
         if event.name() == "[memory]" and event.device_type() == here:
             changes.append((event.start_ns() / 1e6, event.nbytes()))
     changes.sort(key=lambda change: change[0])
@@ -197,7 +229,7 @@ def allocator_trace(call: Callable[[], Any], device: torch.device | str = "cpu")
         live = torch.cuda.memory_allocated(device) - before
         peak = torch.cuda.max_memory_allocated(device) - before
     del result
-    return Allocations(peak, live, gemms, timeline)
+    return Allocations(peak, live, gemms, flops, timeline)
 
 
 @contextmanager

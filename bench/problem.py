@@ -172,7 +172,8 @@ class Contender:
         note: what is to be said in the row.
         kept_bytes: after a forward pass, for its backward.
         peak_bytes: of forward and backward, above inputs and weights; gradients count.
-        gemms: of forward and backward, PyTorch's; not those inside Triton kernels.
+        gemms: of forward and backward, calls; NaN where some are inside kernels.
+        flops: of GEMMs and attention as they ran, what is recomputed included; NaN likewise.
         errors: of output and gradients, relative norms.
         status: `ok`, `WRONG`, `failed` or `skipped`.
         timeline: milliseconds and bytes of a step, for the picture; empty without one.
@@ -190,6 +191,7 @@ class Contender:
     kept_bytes: float = math.nan
     peak_bytes: float = math.nan
     gemms: float = math.nan
+    flops: float = math.nan
     errors: dict[str, float] = field(default_factory=dict)
     status: str = "ok"
     timeline: list[tuple[float, int]] = field(default_factory=list)
@@ -205,6 +207,12 @@ class Contender:
     def compiled(self) -> bool:
         """Whether its first run compiles, and a dispatch mode would see nothing of it."""
         return self.provider.startswith(("compile", "flex"))
+
+    @property
+    def opaque(self) -> bool:
+        """Whether it multiplies in kernels that PyTorch does not see into."""
+        opaque = ("backfuse-triton", "backfuse-fused", "flash", "flex", "liger", "quack", "te")
+        return self.provider.startswith(opaque)
 
     def rounds(self, mode: str) -> list[float]:
         """Seconds of the median step of each round."""
@@ -306,7 +314,9 @@ class Step:
         finally:
             self.problem.train = train
         contender.peak_bytes, contender.timeline = trace.peak_bytes, trace.timeline
-        contender.gemms = trace.gemms if contender.compiled else counter.count
+        seen = trace if contender.compiled else counter
+        if not contender.opaque:
+            contender.gemms, contender.flops = seen.gemms, seen.flops
         if exact is not None:
             contender.errors = errors(self.results(contender, outputs[0]), exact)
         if self.problem.train:

@@ -49,7 +49,9 @@ How to measure: `backfuse bench --help`, `backfuse bench list`.
   of the library's GEMM of these sizes, timed in the same rounds; for memory-bound operations
   **GB/s** and the share of a copy.
 - **kept**: what a forward pass holds for its backward. **peak**: the most of a step above weights
-  and inputs, gradients included. **GEMMs**: PyTorch's, those inside Triton kernels are not counted.
+  and inputs, gradients included. **GEMMs**: calls; backfuse makes more, each for a chunk of tokens.
+  **GFLOP**: of GEMMs and attention (as if it were not causal) as they ran, recomputing included;
+  blank where kernels hide them, as GEMMs.
 - **error**: relative norm against a run in fp64 (fp32 where that takes too long), the largest of
   output and gradients. More than rounding and three times eager's error explain is WRONG.
 """
@@ -198,6 +200,7 @@ def _table(group: pd.DataFrame) -> Iterator[str]:
         "kept, KiB/token": _column(main["kept_bytes"] / main["tokens"] / KIB, "{:,.1f}"),
         "peak, MiB": _column(main["peak_bytes"] / MIB, "{:,.0f}"),
         "GEMMs": _column(main["gemms"], "{:.0f}"),
+        "GFLOP": _column(main["flops"] / 1e9, "{:,.4g}"),
         "error": _column(main["error"], "{:.1e}"),
         "": [_status(row) for _, row in main.iterrows()],
     }

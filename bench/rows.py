@@ -36,7 +36,7 @@ COLUMNS = (
     "hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim", "layers", "batch_size",
     "tokens", "dtype", "mode", "rounds", "ms_median", "ms_p20", "ms_p80", "vs_eager",
     "vs_eager_p20", "vs_eager_p80", "tflops", "gemm_share", "gbps", "copy_share", "kept_bytes",
-    "peak_bytes", "gemms", "error", "status", "note",
+    "peak_bytes", "gemms", "flops", "error", "status", "note",
 )  # fmt: skip
 
 
@@ -138,6 +138,7 @@ def measured_row(
         "kept_bytes": contender.kept_bytes,
         "peak_bytes": contender.peak_bytes,
         "gemms": contender.gemms,
+        "flops": contender.flops,
         "error": max(contender.errors.values(), default=math.nan),
         "note": contender.note,
     }
@@ -251,6 +252,7 @@ def table(frame: pd.DataFrame) -> str:
         "kept KiB/token": (f["kept_bytes"] / f["tokens"]).map(_column("{:,.2f}", KIB)),
         "peak MiB": f["peak_bytes"].map(_column("{:,.1f}", MIB)),
         "GEMMs": f["gemms"].map(_column("{:.0f}")),
+        "GFLOP": f["flops"].map(_column("{:,.4g}", 1e9)),
         "error": f["error"].map(_column("{:.1e}")),
         "status": f["status"],
     }

@@ -152,6 +152,10 @@ def test_compiled_contenders_are_right_and_hold_less(op):
     kept = frame.set_index("provider")["kept_bytes"]
     assert kept["compile"] < kept["eager"]
     assert (frame["gemms"] > 0).all() == (op != "norm")
+    flops = frame.set_index("provider")["flops"]
+    assert flops["compile"] == flops["eager"]
+    if op == "stack":
+        assert flops["compile-0.0"] > flops["eager"]
 
 
 def test_rows_hold_what_they_say():
@@ -167,6 +171,10 @@ def test_rows_hold_what_they_say():
     eager = both.iloc[0]
     assert eager["provider"] == "eager" and eager["vs_eager"] == 1 and eager["gemms"] == 42
     assert both.set_index("policy").loc["full", "gemms"] == 42 + 2 * 6
+    sizes = {"batch_size": 2, "seq_len": 20, "dtype": torch.float32}
+    for policy in ("keep", "full"):
+        [row] = both[both["policy"] == policy].to_dict("records")
+        assert row["flops"] == 2 * backfuse.block_flops(TINY, policy, **sizes).total
     weights = 2 * (32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48)
     attention = 2 * (4 * 2 * 20 * 20 * 32) / 2
     for mode, factor, cores in (("fwd", 1, 1), ("bwd", 2, 2.5), ("both", 3, 3.5)):
