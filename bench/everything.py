@@ -29,6 +29,9 @@ FEW = ("eager", "compile", "compile-0.5", "checkpoint", "sac-every-2nd-mm", "bac
 
 MODES = ("fwd", "bwd", "both")
 
+#: On a GPU: after so many jobs every kernel and configuration is timed.
+KERNELS_AFTER = 3
+
 
 def jobs(device: str) -> list[Setup]:
     """What is measured, the most important first."""
@@ -141,16 +144,30 @@ def _measure(setups: Sequence[Setup], rows: Table, deadline: float) -> int:
     """Jobs until the time is over."""
     longest, failed = 0.0, False
     cases = [(setup, case) for setup in setups for case in setup.cases()]
+    assert rows.path is not None
+    kernels_csv = rows.path.with_name("kernels.csv")
     for index, (setup, case) in enumerate(cases):
         start = time.monotonic()
         if start + longest > deadline:
             print(f"out of time: {len(cases) - index} of {len(cases)} jobs are left for next time")
             break
+        if index == KERNELS_AFTER and setup.cuda and not kernels_csv.exists():
+            failed |= _kernels(setup.device, kernels_csv, deadline)
         bench = Bench(setup, rows, Outputs(csv=rows.path), deadline)
         bench.measure(case)
         longest = max(longest, time.monotonic() - start)
         failed |= bench.failed
     return int(failed)
+
+
+def _kernels(device: str, csv: Path, deadline: float) -> bool:
+    """Every kernel and configuration; whether one is wrong. Ctrl-C ends all, not this alone."""
+    from . import kernels  # needs Triton
+
+    code = kernels.run(rounds=3, device=device, csv=csv, deadline=deadline)
+    if code == 130:
+        raise KeyboardInterrupt
+    return code == 1
 
 
 def cross_check(

@@ -7,6 +7,7 @@ the library's rate are ratios within a round.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,15 +127,24 @@ def _median(values: Sequence[float]) -> float:
     return Spread.of(values or [math.nan]).median
 
 
-def measure_cases(results: Results, sizes: Sizes, rounds: int) -> None:
-    """Checks and times every case; one that fails or is wrong says so in its row."""
+def measure_cases(
+    results: Results, sizes: Sizes, rounds: int, deadline: float = math.inf
+) -> None:
+    """Checks and times every case; one that fails or is wrong says so in its row.
+
+    Args:
+        results: filled.
+        sizes: of the cases.
+        rounds: how often each is timed.
+        deadline: in seconds of `time.monotonic()`; nothing starts after it.
+    """
     results.cases = cases(sizes)
     named = {case.name: case for case in results.cases}
     with progress_bar(total=len(named) * (rounds + 1), unit="run") as bar:
 
         def attempt(case: Case, what: str, work: Callable[[Case], None]) -> None:
             bar.set_description(f"{case.name}: {what}")
-            if case.status == "ok":
+            if case.status == "ok" and time.monotonic() < deadline:
                 try:
                     work(case)
                 except Exception as error:  # Triton's have no common base; the row says it
@@ -160,6 +170,7 @@ def run(
     device: str = "cuda",
     seed: int = 0,
     csv: Path | None = None,
+    deadline: float = math.inf,
 ) -> int:
     """The command: checks, measures, prints, writes.
 
@@ -171,6 +182,7 @@ def run(
         device: a GPU.
         seed: of the operands.
         csv: file for the table.
+        deadline: see `measure_cases`.
 
     Returns:
         The exit code: 0; 1 if a kernel fails or is wrong; 130 after Ctrl-C.
@@ -201,7 +213,7 @@ def run(
     print(f"kernels of {shape}, {rows[0]:,} tokens, {dtype}, {device_name(device)}", flush=True)
     results, interrupted = Results(), False
     try:
-        measure_cases(results, sizes, rounds)
+        measure_cases(results, sizes, rounds, deadline)
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted: the table holds what was measured until then")

@@ -92,7 +92,7 @@ def render(root: Path) -> dict[Path, str]:
     part = _readme_part(found[README_DEVICE][0])
     return {
         readme: text[: start + len(BEGIN)] + "\n" + part + text[end:],
-        root / "docs" / "benchmarks.md": "\n".join(_page(found)).rstrip() + "\n",
+        root / "docs" / "benchmarks.md": "\n".join(_page(root, found)).rstrip() + "\n",
     }
 
 
@@ -135,7 +135,7 @@ def _readme_part(rows: pd.DataFrame) -> str:
     return "\n".join([*lines, "", f"![Held for backward against time]({path})", ""])
 
 
-def _page(found: dict[str, tuple[pd.DataFrame, pd.DataFrame]]) -> Iterator[str]:
+def _page(root: Path, found: dict[str, tuple[pd.DataFrame, pd.DataFrame]]) -> Iterator[str]:
     yield HEAD
     yield "![Bytes per token by activation](../bench/results/activations.png)\n"
     for folder, (rows, timelines) in found.items():
@@ -148,10 +148,29 @@ def _page(found: dict[str, tuple[pd.DataFrame, pd.DataFrame]]) -> Iterator[str]:
                 yield f"![rate](../bench/results/{folder}/{picture_name('rate', which)})\n"
         for _, group in rows.groupby(SIZE, sort=False):
             yield from _section(folder, group, timelines)
+        yield from _kernels(root / "bench" / "results" / folder / "kernels.csv")
     yield "## Others' tables\n"
     yield "`backfuse bench check` measures these shapes again; what the sources say of theirs:\n"
     for name, case in CROSS_CHECKS.items():
         yield f"- `{name}`: {case.counts}."
+
+
+def _kernels(csv: Path) -> Iterator[str]:
+    """The best configuration of each kernel, of a file that `bench kernels` wrote."""
+    if not csv.exists():
+        return
+    frame = pd.read_csv(csv, keep_default_na=False, na_values={"share": [""], "ms": [""]})
+    first = frame.iloc[0]
+    yield f"### kernels: {first['shape']}, {first['tokens']:,} tokens, {first['dtype']}\n"
+    yield "| kernel | best configuration | ms | share | of | error |\n|---|---|---|---|---|---|"
+    right = frame[(frame["status"] == "ok") & frame["share"].notna()]
+    for _, rows in right.groupby(["kernel", "variant"], sort=False):
+        best = rows.loc[rows["share"].idxmax()]
+        name = f"{best['kernel']} {best['variant']}".rstrip()
+        cells = (name, best["config"], milliseconds(best["ms"]), f"{best['share']:.0%}")
+        yield f"| {' | '.join(cells)} | {best['baseline']} | {best['error'] or ''} |"
+    wrong = frame[~frame["status"].isin(["ok", "does not fit"])]
+    yield f"\n{len(wrong)} of {len(frame)} are wrong or failed.\n"
 
 
 def _rated(group: pd.DataFrame) -> bool:

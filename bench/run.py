@@ -161,8 +161,8 @@ class Outputs:
         for path in (self.csv, self.plot, self.snapshot):
             if path:
                 writable_folder(path.parent)
-        if self.csv and self.csv.exists() and not os.access(self.csv, os.W_OK):
-            raise OSError(f"cannot write to {self.csv}")
+                if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+                    raise OSError(f"cannot write to {path}: expected a file")
         if self.trace:
             writable_folder(self.trace)
         if self.plot:
@@ -418,17 +418,20 @@ def save_timelines(csv: Path, case: Case, done: list[Contender]) -> None:
     path = timeline_file(csv)
     names = ("op", "shape", "layers", "batch_size", "tokens", "dtype")
     facts = {name: value for name, value in case_columns(case).items() if name in names}
-    frames = []
+    old = pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame()
+    same = old.loc[(old[list(facts)] == list(facts.values())).all(axis=1)] if len(old) else old
+    there = set(zip(same["provider"], same["policy"], strict=True)) if len(same) else set()
+    frames = [old] if len(old) else []
     for contender in done:
-        if contender.laps and contender.timeline:
+        drawn = (contender.provider, contender.policy) in there
+        if contender.laps and contender.timeline and not drawn:
             line = pd.DataFrame(contender.timeline, columns=["ms", "bytes"])
             line["part"] = (line["ms"] / max(line["ms"].iloc[-1], 1e-9) * 200).astype(int)
             line = line.groupby("part").max().reset_index(drop=True).round(3)
             who = {"provider": contender.provider, "policy": contender.policy}
             frames.append(line.assign(**facts, **who))
     if frames:
-        old = [pd.read_csv(path, keep_default_na=False)] if path.exists() else []
-        pd.concat([*old, *frames]).to_csv(path, index=False)
+        pd.concat(frames).to_csv(path, index=False)
 
 
 def first_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from backfuse.bench import (
     measure,
     operations,
     options,
+    own,
     peers,
     problem,
     registry,
@@ -137,6 +138,19 @@ def test_every_contender_is_right(op, shape, dtype):
     policies = {"norm": 1, "rope": 1, "attention": 1, "ffn": 2}.get(op, 4)
     assert len(ours) == policies
     assert (frame["error"] < (1e-12 if dtype == "fp64" else 0.1)).all()
+
+
+@pytest.mark.parametrize("op", ["norm", "rope", "attention"])
+def test_functions_around_the_kernels_are_right(op, monkeypatch):
+    pytest.importorskip("triton")
+    from backfuse.kernels import fused
+
+    monkeypatch.setattr(own, "operations_for", lambda case: fused)
+    for shape in ("tiny", "tiny-qwen3"):
+        frame, failed = measured(setup(op, shape=(shape,), batch_size=2))
+        assert list(frame["provider"]) == ["eager", "backfuse-triton"] and not failed
+        assert set(frame["status"]) == {"ok"} and (frame["error"] < 1e-5).all()
+        assert math.isnan(frame["gemms"].iloc[1])
 
 
 @pytest.mark.slow
@@ -456,6 +470,9 @@ def test_rows_are_appended_and_never_measured_twice(tmp_path, capsys, monkeypatc
     assert "checkpoint: there already" in capsys.readouterr().out
     assert cli.main([*args, "checkpoint,backfuse"]) == 0
     assert csv.read_text().startswith(first)
+    lines = pd.read_csv(run.timeline_file(csv), keep_default_na=False)
+    for _, line in lines.groupby(["provider", "policy"]):
+        assert line["ms"].is_monotonic_increasing and len(line) <= 201  # of one step
     ours = 2 * ["backfuse-reference"]
     assert list(pd.read_csv(csv)["provider"]) == ["eager", "checkpoint", *ours]
     monkeypatch.setattr(torch, "__version__", "9.9")  # another version is another measurement
@@ -553,6 +570,7 @@ def test_deadline_ends_rounds_and_keeps_what_is_done(monkeypatch):
         (["--seed", str(2**64 - 1)], [f"seed is {2**64 - 1}, expected 0 to"]),
         (["--device", "gpu"], ["device is 'gpu'"]),
         (["--csv", "/dev/null/table.csv"], ["cannot write to /dev/null"]),
+        (["--csv", "/tmp"], ["cannot write to /tmp: expected a file"]),
         (["--trace", "/dev/null/traces"], ["cannot write to /dev/null"]),
         (["--snapshot", "a.pickle"], ["snapshot is 'a.pickle', but only a CUDA device"]),
     ],

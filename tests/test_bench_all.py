@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from conftest import DEVICE
 
 from backfuse import BlockSpec, cli
 from backfuse.bench import doctor, everything, measure, pictures, plot, problem, report, rows, run
@@ -179,6 +181,32 @@ def test_a_second_run_is_shown_beside_the_first(checkout):
     assert "| run 2 |" in page and page.count("### ") == 1
     [row] = [line for line in page.splitlines() if line.startswith("| backfuse-reference full ")]
     assert "| 0.862 | 0.948 |" in row
+
+
+def test_kernels_are_on_the_page(checkout, monkeypatch):
+    pytest.importorskip("triton")
+    from backfuse.bench import kernel_case, kernels
+
+    monkeypatch.setattr(measure, "kernel_seconds", lambda call, device: 0.002)
+    results = kernels.Results()
+    sizes = kernel_case.Sizes(ALL_SHAPES["tiny"], 9, torch.float32, DEVICE)
+    kernels.measure_cases(results, sizes, rounds=1)
+    results.cases[-1].status = "WRONG"
+    csv = checkout / "bench" / "results" / "cpu" / "kernels.csv"
+    results.frame().assign(shape="tiny", tokens=9, dtype="fp32").to_csv(csv, index=False)
+    page = report.render(checkout)[checkout / "docs" / "benchmarks.md"]
+    [row] = [line for line in page.splitlines() if line.startswith("| ffn_up hidden |")]
+    assert "| 2 | 100% | torch.mm" in row
+    assert f"1 of {len(results.cases)} are wrong or failed" in page
+
+
+def test_kernels_stop_at_the_deadline():
+    from backfuse.bench import kernel_case, kernels
+
+    results = kernels.Results()
+    sizes = kernel_case.Sizes(ALL_SHAPES["tiny"], 9, torch.float32, DEVICE)
+    kernels.measure_cases(results, sizes, rounds=1, deadline=0.0)
+    assert results.frame()["ms"].isna().all() and not results.failed
 
 
 def test_noise_is_called_noise(checkout):
