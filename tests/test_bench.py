@@ -244,6 +244,26 @@ def test_training_step_counts_the_optimizer_and_moves_nothing(monkeypatch):
         assert torch.equal(parameter, before[name])
 
 
+@pytest.mark.parametrize("op", ["stack", "train"])
+def test_exact_runs_are_exact(op):
+    """Hugging Face's norms compute in fp32 in any dtype: the exact run must not use them."""
+    asked = operations.PROBLEMS[op](next(setup(op, layers=2).cases()))
+    exact = problem.Step(asked).exact()
+    wide = dataclasses.replace(asked.case, dtype="fp64")
+    again = operations.PROBLEMS[op](wide)
+    again.module.load_state_dict(asked.module.state_dict())
+    for name, tensor in asked.inputs.items():
+        again.inputs[name] = tensor.detach().to(again.inputs[name].dtype)
+    again.douts = tuple(None if d is None else d.double() for d in asked.douts)
+    rotary = [table for table in asked.module.buffers()]
+    for mine, theirs in zip(again.module.buffers(), rotary, strict=True):
+        mine.copy_(theirs)
+    step = problem.Step(again)
+    ours = registry.OPERATIONS[op].providers["backfuse"].make(again, "keep")
+    found = problem.errors(step.results(ours, step(ours)), exact)
+    assert max(found.values()) < 1e-12, found
+
+
 @pytest.mark.parametrize("op", registry.OPERATIONS)
 def test_gradients_do_not_add_up_and_nothing_shared_is_written(op, monkeypatch):
     asked = operations.PROBLEMS[op](next(setup(op).cases()))
