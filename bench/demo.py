@@ -12,15 +12,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from backfuse import BlockStack, kept_bytes
 
 from . import measure
 from .data import Corpus, load
 from .measure import KIB, MIB, Spread
-from .model import ByteModel, ModelSize, PlainStack, generate
+from .model import ByteModel, ModelSize, generate
 from .options import (
     check_device,
     check_positive,
@@ -30,8 +33,10 @@ from .options import (
     require,
     writable_folder,
 )
+from .plain import PlainBlock, PlainStack
+from .ways import make_way
 
-RIVALS = ("plain", "checkpoint", "sac-attention")
+RIVALS = ("eager", "checkpoint", "sac-attention")
 POLICIES = ("keep", "selective", "lean", "full")
 
 #: Steps at the beginning that are too irregular to time.
@@ -133,26 +138,21 @@ class Trainee:
 
 
 def contenders(settings: Settings, size: ModelSize, device: str) -> list[Trainee]:
-    """All ways to train, from the same weights; plain first."""
-    from backfuse import BlockSpec, BlockStack, kept_bytes
-
+    """All ways to train, from the same weights; eager first."""
     torch.manual_seed(settings.seed)
-    spec = BlockSpec(
-        hidden_size=size.hidden_size,
-        intermediate_size=size.intermediate_size,
-        num_attention_heads=size.heads,
-    )
     trainees: list[Trainee] = []
     weights: dict[str, Tensor] = {}
     for name in RIVALS + POLICIES:
         predicted = None
         if name in RIVALS:
-            model = ByteModel(size, PlainStack(size, name))
+            blocks = [PlainBlock(size.spec) for _ in range(size.layers)]
+            stack: nn.Module = PlainStack(blocks, make_way(name))
         else:
-            model = ByteModel(size, BlockStack(spec, size.layers, policy=name))
-            kept = kept_bytes(spec, name, batch_size=settings.batch_size, seq_len=settings.seq_len)
-            predicted = sum(kept.values())
+            stack = BlockStack(size.spec, size.layers, policy=name)
+            sizes: dict[str, Any] = {"batch_size": settings.batch_size, "seq_len": settings.seq_len}
+            predicted = sum(kept_bytes(size.spec, name, **sizes).values())
             name = f"backfuse {name}"
+        model = ByteModel(size.spec, size.seq_len, stack)
         weights = weights or model.state_dict()
         model.load_state_dict(weights)
         trainees.append(Trainee(name, model.to(device), predicted))
@@ -203,12 +203,12 @@ def train(trainees: list[Trainee], corpus: Corpus, settings: Settings, device: s
 def summary(trainees: Sequence[Trainee], settings: Settings) -> pd.DataFrame:
     """One row a contender, over the steps that all of them have done."""
     steps = min(len(trainee.seconds) for trainee in trainees)
-    plain = trainees[0]
+    eager = trainees[0]
     per_token = settings.batch_size * settings.seq_len * KIB
     rows = []
     for trainee in trainees:
         timed = slice(WARM_UP if steps > WARM_UP else 0, steps)
-        pairs = zip(trainee.seconds[timed], plain.seconds[timed], strict=True)
+        pairs = zip(trainee.seconds[timed], eager.seconds[timed], strict=True)
         ratios = [mine / theirs for mine, theirs in pairs]
         ratio = Spread.of(ratios) if ratios else Spread(math.nan, math.nan, math.nan)
         predicted = trainee.predicted_bytes
@@ -218,11 +218,11 @@ def summary(trainees: Sequence[Trainee], settings: Settings) -> pd.DataFrame:
                 "kept_kib_predicted": math.nan if predicted is None else predicted / per_token,
                 "kept_kib_measured": trainee.kept_bytes / per_token / settings.layers,
                 "peak_mib": trainee.peak_bytes / MIB,
-                "time_vs_plain": ratio.median,
-                "time_vs_plain_p20": ratio.p20,
-                "time_vs_plain_p80": ratio.p80,
-                "recompute_gflop": (trainee.flops - plain.flops) / 1e9,
-                "recompute_share": trainee.flops / plain.flops - 1,
+                "time_vs_eager": ratio.median,
+                "time_vs_eager_p20": ratio.p20,
+                "time_vs_eager_p80": ratio.p80,
+                "recompute_gflop": (trainee.flops - eager.flops) / 1e9,
+                "recompute_share": trainee.flops / eager.flops - 1,
                 "train_loss": trainee.losses[steps - 1] if steps else math.nan,
                 "validation_loss": trainee.validation_loss,
             }
@@ -241,11 +241,11 @@ def table(frame: pd.DataFrame) -> str:
         "kept KiB/token/layer: predicted": column("kept_kib_predicted", "{:.2f}"),
         "measured": column("kept_kib_measured", "{:.2f}"),
         "peak MiB": column("peak_mib", "{:.1f}"),
-        "step time / plain": column("time_vs_plain", "{:.2f}"),
-        "p20": column("time_vs_plain_p20", "{:.2f}"),
-        "p80": column("time_vs_plain_p80", "{:.2f}"),
+        "step time / eager": column("time_vs_eager", "{:.2f}"),
+        "p20": column("time_vs_eager_p20", "{:.2f}"),
+        "p80": column("time_vs_eager_p80", "{:.2f}"),
         "recomputed GFLOP/step": column("recompute_gflop", "{:.2f}"),
-        "of plain's": column("recompute_share", "{:.1%}"),
+        "of eager's": column("recompute_share", "{:.1%}"),
         "train loss": column("train_loss", "{:.4f}"),
         "validation": column("validation_loss", "{:.4f}"),
     }
@@ -258,7 +258,7 @@ def agreement(trainees: Sequence[Trainee]) -> list[str]:
     if not steps:
         return []
     ours = [trainee for trainee in trainees if trainee.ours]
-    plain = trainees[0]
+    eager = trainees[0]
     said = []
     finished = len({len(trainee.losses) for trainee in trainees}) == 1
     names = ", ".join(trainee.name.removeprefix("backfuse ") for trainee in ours)
@@ -269,9 +269,9 @@ def agreement(trainees: Sequence[Trainee]) -> list[str]:
         what = "losses and final weights" if finished else "losses"
         said.append(f"backfuse {names}: {what} are bitwise equal over {steps} steps.")
     for trainee in (*(t for t in trainees[1:] if not t.ours), ours[0]):
-        gap = max(abs(a - b) for a, b in zip(trainee.losses[:steps], plain.losses, strict=False))
+        gap = max(abs(a - b) for a, b in zip(trainee.losses[:steps], eager.losses, strict=False))
         how = "bitwise equal losses" if gap == 0 else f"losses within {gap:.1e} nats"
-        said.append(f"{trainee.name} against plain: {how}.")
+        said.append(f"{trainee.name} against eager: {how}.")
     return said
 
 
@@ -293,7 +293,7 @@ def save(trainees: Sequence[Trainee], frame: pd.DataFrame, settings: Settings, w
     written = ["summary.csv", "losses.csv"]
     if steps:
         points = [
-            Point(row["policy"], row["kept_kib_measured"], row["time_vs_plain"])
+            Point(row["policy"], row["kept_kib_measured"], row["time_vs_eager"])
             for _, row in frame.iterrows()
         ]
         tradeoff(

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,15 +27,35 @@ from torch._C._autograd import DeviceType
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import backfuse.blocks.flops  # noqa: F401  gives PyTorch the formulas it lacks
 
+GIB = 2**30
 MIB = 2**20
 KIB = 2**10
 
+#: PyTorch's operators that are one matrix multiplication, or a batch of them -> how many of their
+#: arguments say how large it is.
+GEMMS = {
+    "aten::mm": 2, "aten::addmm": 3, "aten::bmm": 2, "aten::baddbmm": 3, "aten::_scaled_mm": 2,
+    "mkldnn::_linear_pointwise": 2,
+}  # fmt: skip
+
+#: The same of its attention kernels.
+ATTENTION = {
+    f"aten::_scaled_dot_product_{kernel}{backward}": 4 if backward else 3
+    for kernel in (
+        "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"
+    )
+    for backward in ("", "_backward")
+}  # fmt: skip
+
 #: Bytes that are written before a step: more than any L2 cache, some 0.3 ms on an H200.
 FLUSH_BYTES = 1024 * MIB
+
+#: Bytes of the copy that memory-bound work is held against, by the kind of device.
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
 
 #: Seconds that a kernel runs each time it is timed.
 KERNEL_SECONDS = 0.05
@@ -84,7 +104,7 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
             yield leaf.untyped_storage()
 
 
-def kept_bytes_measured(call: Callable[..., Tensor], *inputs: Tensor) -> int:
+def kept_bytes_measured(call: Callable[..., Any], *inputs: Tensor) -> int:
     """Bytes that `call(*inputs)` holds for its backward pass.
 
     The inputs are copied first, so an input that is kept counts as one that nobody else holds;
@@ -106,25 +126,67 @@ def kept_bytes_measured(call: Callable[..., Tensor], *inputs: Tensor) -> int:
     return held
 
 
-def _graph_of(call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Any:
+def _graph_of(call: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
     """The backward graph of `call` on copies of `inputs`, and nothing else of it."""
     result = call(*(tensor.clone() for tensor in inputs))
-    if result.grad_fn is None:
+    results = (result,) if isinstance(result, Tensor) else result
+    if all(part.grad_fn is None for part in results):
         raise ValueError("the result has no graph: neither an input nor a weight requires grad")
-    return result.grad_fn
+    return [part.grad_fn for part in results]
+
+
+class GemmCounter(TorchDispatchMode):
+    """Counts matrix multiplications that PyTorch runs while active; blind inside compiled code.
+
+    Attributes:
+        gemms: so many.
+        flops: theirs and attention's; attention counts as if it were not causal.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gemms = self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.gemms += str(func._schema.name) in GEMMS
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+def _event_flops(event: Any) -> int:
+    """The same of an operator that the profiler saw, from the shapes of what it was given."""
+    operands = (GEMMS | ATTENTION).get(event.name())
+    if operands is None:
+        return 0
+    namespace, _, name = event.name().partition("::")
+    formula = flop_registry[getattr(getattr(torch.ops, namespace), name)]
+    return formula(*event.shapes()[:operands])
 
 
 @dataclass(frozen=True)
 class Allocations:
-    """Bytes above what was live when the call began.
+    """What a call did to memory, in bytes above what was live when it began.
 
     Attributes:
         peak_bytes: the most at any one time.
         live_bytes: what is left while the call's result is still held.
+        gemms: matrix multiplications that PyTorch was asked for, in compiled code too. Those
+            inside Triton kernels are not among them; one that a checkpoint stops before it runs is.
+        flops: theirs and attention's.
+        timeline: milliseconds and bytes after each allocation and release.
     """
 
     peak_bytes: int
     live_bytes: int
+    gemms: int = 0
+    flops: int = 0
+    timeline: list[tuple[float, int]] = field(default_factory=list)
 
 
 def allocator_trace(call: Callable[[], Any], device: torch.device | str = "cpu") -> Allocations:
@@ -134,10 +196,13 @@ def allocator_trace(call: Callable[[], Any], device: torch.device | str = "cpu")
     on a CPU the profiler does not know its size and leaves it out.
     """
     device = torch.device(device)
+    cuda = device.type == "cuda"
     gc.collect()
-    if device.type == "cuda":
-        return _cuda_trace(call, device)
-    profiler = torch.autograd.profiler.profile(profile_memory=True)
+    if cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    profiler = torch.autograd.profiler.profile(profile_memory=True, record_shapes=True)
     with _silent_stderr():
         profiler.__enter__()
     try:
@@ -147,17 +212,24 @@ def allocator_trace(call: Callable[[], Any], device: torch.device | str = "cpu")
         with _silent_stderr():
             profiler.__exit__(None, None, None)
     trace: Any = profiler.kineto_results
-    events = [
-        event
-        for event in trace.events()
-        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
-    ]
-    current = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
+    here = DeviceType.CUDA if cuda else DeviceType.CPU
+    changes, gemms, flops = [], 0, 0
+    for event in trace.events():
+        if event.device_type() == DeviceType.CPU:
+            gemms += event.name() in GEMMS
+            flops += _event_flops(event)
+        if event.name() == "[memory]" and event.device_type() == here:
+            changes.append((event.start_ns() / 1e6, event.nbytes()))
+    changes.sort(key=lambda change: change[0])
+    levels = list(itertools.accumulate((size for _, size in changes), initial=0))
+    timeline = [(t - changes[0][0], n) for (t, _), n in zip(changes, levels[1:], strict=True)]
+    peak, live = max(levels), levels[-1]
+    if cuda:  # the allocator's own figures, whatever the profiler missed
+        torch.cuda.synchronize(device)
+        live = torch.cuda.memory_allocated(device) - before
+        peak = torch.cuda.max_memory_allocated(device) - before
     del result
-    return Allocations(peak, current)
+    return Allocations(peak, live, gemms, flops, timeline)
 
 
 @contextmanager
@@ -179,21 +251,8 @@ def _silent_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _cuda_trace(call: Callable[[], Any], device: torch.device) -> Allocations:
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    result = call()
-    gc.collect()
-    torch.cuda.synchronize(device)
-    live = torch.cuda.memory_allocated(device) - before
-    peak = torch.cuda.max_memory_allocated(device) - before
-    del result
-    return Allocations(peak, live)
-
-
 def held_bytes(
-    call: Callable[..., Tensor], *inputs: Tensor, device: torch.device | str = "cpu"
+    call: Callable[..., Any], *inputs: Tensor, device: torch.device | str = "cpu"
 ) -> int:
     """Like `kept_bytes_measured`, by `allocator_trace`: compiled code and RNG states count too."""
     return allocator_trace(lambda: _graph_of(call, inputs), device).live_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import rivals
+from backfuse import BlockSpec
+
 from .data import VOCABULARY
 from .options import check_positive
+from .plain import PlainRMSNorm, rotary_tables
 
 
 @dataclass(frozen=True)
@@ -52,44 +55,43 @@ class ModelSize:
         """FFN width: 8/3 of the hidden size, rounded up to a multiple of 32."""
         return -(-8 * self.hidden_size // 96) * 32
 
-
-class PlainStack(nn.Module):
-    """Plain PyTorch blocks run in one of the ways of `rivals`; called like a `BlockStack`."""
-
-    def __init__(self, size: ModelSize, way: str) -> None:
-        super().__init__()
-        sizes = (size.hidden_size, size.intermediate_size, size.heads)
-        self.layers = nn.ModuleList(rivals.PlainBlock(*sizes) for _ in range(size.layers))
-        self._run = rivals.RIVALS[way](list(self.layers))
-
-    def forward(self, hidden_states: Tensor, *, position_embeddings: rivals.Rotary) -> Tensor:
-        return self._run(hidden_states, position_embeddings)
+    @property
+    def spec(self) -> BlockSpec:
+        """One of its blocks."""
+        return BlockSpec(self.hidden_size, self.intermediate_size, self.heads)
 
 
 class ByteModel(nn.Module):
     """Embedding, blocks, final norm, head.
 
     Args:
-        size: the sizes.
+        spec: of a block.
+        seq_len: bytes of context.
         stack: maps hidden states [B, T, hidden] to hidden states, given `position_embeddings`.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, size: ModelSize, stack: nn.Module) -> None:
+    def __init__(self, spec: BlockSpec, seq_len: int, stack: nn.Module) -> None:
         super().__init__()
-        self.size = size
-        self.embedding = nn.Embedding(VOCABULARY, size.hidden_size)
+        self.seq_len = seq_len
+        self.embedding = nn.Embedding(VOCABULARY, spec.hidden_size)
         self.stack = stack
-        self.norm = rivals.PlainRMSNorm(size.hidden_size, 1e-6)
-        self.head = nn.Linear(size.hidden_size, VOCABULARY, bias=False)
-        cos, sin = rivals.rotary_tables(size.seq_len, size.head_dim)
+        self.norm = PlainRMSNorm(spec.hidden_size, 1e-6)
+        self.head = nn.Linear(spec.hidden_size, VOCABULARY, bias=False)
+        cos, sin = rotary_tables(seq_len, spec.head_dim)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
+
+    def around(self, stack: nn.Module) -> ByteModel:
+        """A model with another stack, which shares all other parameters with this one."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "stack": stack}
+        return other
 
     def run_stack(self, hidden_states: Tensor) -> Tensor:
         """The blocks alone, [B, T, hidden] to the same."""
@@ -103,7 +105,9 @@ class ByteModel(nn.Module):
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats a byte."""
-        return F.cross_entropy(self(inputs).flatten(0, 1).float(), targets.flatten())
+        logits = self(inputs).flatten(0, 1)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), targets.flatten())
 
 
 @torch.no_grad()
@@ -114,7 +118,7 @@ def generate(
     device = model.head.weight.device
     text = list(prompt)
     for _ in range(length):
-        inputs = torch.tensor([text[-model.size.seq_len :]], device=device)
+        inputs = torch.tensor([text[-model.seq_len :]], device=device)
         chances = (model(inputs)[0, -1].float().cpu() / temperature).softmax(-1)
         text.append(int(torch.multinomial(chances, 1, generator=generator)))
     return printable(text)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,32 @@ def choose(name: str, value: str, known: Iterable[str]) -> None:
     raise ValueError(
         f"{name} is {value!r}, expected one of {', '.join(known)}{nearest(value, known)}"
     )
+
+
+def compiler_missing(case: Any) -> str | None:
+    """Why `torch.compile` cannot run a case here, in one line; None if it can."""
+    if case.cuda:
+        return None if importlib.util.find_spec("triton") else "compiling for CUDA needs triton"
+    if any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++")):
+        return None
+    return "torch.compile on a CPU needs a C++ compiler (g++ or clang++)"
+
+
+def parse_tokens(text: str) -> tuple[int, ...]:
+    """Numbers of tokens from a list such as `2k,8k,100`; k stands for 1,024.
+
+    Raises:
+        ValueError: for something else, or numbers below 1.
+    """
+    numbers = []
+    for part in text.split(","):
+        digits = part.strip().lower()
+        factor = 1024 if digits.endswith("k") else 1
+        digits = digits.removesuffix("k")
+        if not digits.isdecimal() or int(digits) < 1:
+            raise ValueError(f"tokens is {text!r}, expected numbers such as 2k,8k or 4096")
+        numbers.append(int(digits) * factor)
+    return tuple(numbers)
 
 
 def default_device() -> str:

@@ -184,24 +184,25 @@ def frontier() -> str:
 
 
 def cpu() -> str:
-    """The model's FLOPs against the times that `backfuse bench block` measured on a CPU.
+    """The model's FLOPs against the times that `backfuse bench stack` measured on a CPU.
 
     Raises:
         FileNotFoundError: outside of a checkout, which has these times.
     """
-    results = Path(__file__).with_name("results")
-    paths = sorted(results.glob("cpu-*/block.csv"))
-    if not paths:
-        raise FileNotFoundError(f"{results} has no cpu-*/block.csv, expected a checkout's")
-    table = pd.read_csv(paths[0]).set_index("provider")
-    row = table.loc["backfuse keep"]
-    heads = int(row["heads"])
-    kv_heads = heads if pd.isna(row["kv_heads"]) else int(row["kv_heads"])
-    spec = BlockSpec(int(row["hidden_size"]), int(row["intermediate_size"]), heads, kv_heads)
+    path = Path(__file__).with_name("results") / "cpu" / "results.csv"
+    table = pd.read_csv(path)
+    first = table[table["op"] == "stack"].iloc[0]
+    same = (table["shape"] == first["shape"]) & (table["tokens"] == first["tokens"])
+    own = table[same & table["provider"].str.startswith("backfuse")].set_index("policy")
+    row = own.loc["keep"]
+    spec = BlockSpec(
+        *(int(row[name]) for name in ("hidden_size", "intermediate_size", "heads", "kv_heads"))
+    )
+    batch_size = int(row["batch_size"])
 
     def flops(policy: str) -> int:
         costs = block_costs(
-            spec, policy, batch_size=int(row["batch_size"]), seq_len=int(row["seq_len"]),
+            spec, policy, batch_size=batch_size, seq_len=int(row["tokens"]) // batch_size,
             device=DEVICE,
         )  # fmt: skip
         return sum(part.flops for part in costs.parts)
@@ -210,9 +211,9 @@ def cpu() -> str:
         for name in ("selective", "lean", "full"):
             modelled = flops(name) / flops("keep") - 1
             times = [
-                table.loc[f"backfuse {name}", f"time_vs_plain{column}"]
-                / row["time_vs_plain"] - 1 for column in ("", "_p20", "_p80")
-            ]  # fmt: skip
+                own.loc[name, f"vs_eager{column}"] / row["vs_eager"] - 1
+                for column in ("", "_p20", "_p80")
+            ]
             yield (
                 f"`{name}`",
                 f"{modelled:.1%}",

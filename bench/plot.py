@@ -9,13 +9,30 @@ from typing import Any
 
 from .options import require
 
-#: Families of points, in the order of the legend: colour, marker, whether a line joins them.
+#: Families of points, in the order of the legend: colour (Okabe and Ito's, which the colour-blind
+#: can tell apart), marker, whether a line joins them.
 FAMILIES: dict[str, tuple[str, str, bool]] = {
-    "backfuse": ("#c8323c", "o", True),
-    "torch.compile": ("#3b6ea5", "s", True),
-    "torch.utils.checkpoint": ("#5a7d3a", "^", True),
-    "Liger, QuACK": ("#8a5fa8", "v", False),
-    "plain PyTorch": ("#444444", "D", False),
+    "backfuse": ("#d55e00", "o", True),
+    "torch.compile": ("#0072b2", "s", True),
+    "torch.utils.checkpoint": ("#009e73", "^", True),
+    "torch_remat": ("#56b4e9", "P", False),
+    "Liger, QuACK, TransformerEngine": ("#cc79a7", "v", False),
+    "attention libraries": ("#e69f00", "X", False),
+    "plain PyTorch": ("#333333", "D", False),
+}
+
+#: How a provider's name begins -> its family.
+PREFIXES = {
+    "backfuse": "backfuse",
+    "compile": "torch.compile",
+    "torch-remat": "torch_remat",
+    "liger": "Liger, QuACK, TransformerEngine",
+    "quack": "Liger, QuACK, TransformerEngine",
+    "te": "Liger, QuACK, TransformerEngine",
+    "sdpa": "attention libraries",
+    "flex": "attention libraries",
+    "flash": "attention libraries",
+    "eager": "plain PyTorch",
 }
 
 LABELS = {
@@ -32,7 +49,7 @@ class Point:
     """One way to train.
 
     Attributes:
-        name: of a provider, as in the table.
+        name: of a provider and its policy, as in the table.
         held: KiB per token (and layer).
         time: relative to plain PyTorch.
     """
@@ -44,20 +61,50 @@ class Point:
     @property
     def family(self) -> str:
         """Which of `FAMILIES` the name belongs to."""
-        if self.name.startswith("backfuse"):
-            return "backfuse"
-        if self.name.startswith("compile"):
-            return "torch.compile"
-        if self.name.startswith(("liger", "quack")):
-            return "Liger, QuACK"
-        return "plain PyTorch" if self.name in ("plain", "eager") else "torch.utils.checkpoint"
+        return family(self.name)
 
     @property
     def label(self) -> str:
         """The name without what the legend says already."""
-        return LABELS.get(self.name) or self.name.removeprefix("backfuse ").replace(
-            "compile-", "budget "
-        )
+        return label(self.name)
+
+
+def family(name: str) -> str:
+    """Which of `FAMILIES` a provider belongs to."""
+    known = (PREFIXES[prefix] for prefix in PREFIXES if name.startswith(prefix))
+    return next(known, "torch.utils.checkpoint")
+
+
+def label(name: str) -> str:
+    """A provider's and policy's name without its family's."""
+    provider, _, policy = name.partition(" ")
+    if provider.startswith("backfuse"):
+        fused = " (fused)" if provider.endswith("fused") else ""
+        return (policy or provider) + fused
+    return LABELS.get(name) or name.replace("compile-", "budget ")
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """Those that nobody beats in both bytes and time, from the fewest bytes on.
+
+    Bytes within a hundredth are the same bytes: a checkpoint also holds the state of a generator.
+    """
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.held, p.time)):
+        if best and point.time >= best[-1].time:
+            continue
+        if best and point.held <= 1.01 * best[-1].held:
+            best.pop()
+        best.append(point)
+    return best
+
+
+def head(axes: Any, title: str, subtitle: str) -> None:
+    """Title of a picture and, in smaller type, lines below it."""
+    lines = subtitle.count("\n") + 1
+    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=8 + 14 * lines)
+    small = {"fontsize": 8.5, "color": "#555555", "linespacing": 1.4, "in_layout": False}
+    axes.text(0, 1.02, subtitle, transform=axes.transAxes, **small)
 
 
 def tradeoff(
@@ -69,7 +116,7 @@ def tradeoff(
     time_label: str,
     held_label: str = "held for backward, KiB per token and layer (log scale)",
 ) -> None:
-    """Draws the points into a PNG.
+    """Draws the points and their frontier into a PNG.
 
     Args:
         points: at least one.
@@ -89,8 +136,8 @@ def tradeoff(
 
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150, layout="constrained")
     lines = []
-    for family, (colour, marker, joined) in FAMILIES.items():
-        members = sorted((p for p in points if p.family == family), key=lambda p: p.held)
+    for name, (colour, marker, joined) in FAMILIES.items():
+        members = sorted((p for p in points if p.family == name), key=lambda p: p.held)
         if not members:
             continue
         lines += axes.plot(
@@ -100,10 +147,16 @@ def tradeoff(
             marker=marker,
             markersize=7,
             linewidth=1.2 if joined else 0,
-            linestyle="-" if family == "backfuse" else ":",
-            label=family,
-            zorder=3 if family == "backfuse" else 2,
+            linestyle="-" if name == "backfuse" else ":",
+            label=name,
+            zorder=3 if name == "backfuse" else 2,
         )
+    best = frontier(points)
+    if len(best) > 1:
+        axes.step(
+            [point.held for point in best], [point.time for point in best], where="post",
+            color="#bbbbbb", linewidth=5, alpha=0.5, zorder=1, label="frontier",
+        )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.margins(x=0.12, y=0.16)
@@ -113,8 +166,7 @@ def tradeoff(
         axes.spines[side].set_visible(False)
     axes.set_xlabel(held_label)
     axes.set_ylabel(time_label)
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=22)
-    axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=8.5, color="#555555")
+    head(axes, title, subtitle)
     axes.legend(frameon=False, fontsize=9)
     _label(figure, axes, points, lines)
     figure.savefig(path)

@@ -3,6 +3,7 @@
 Without a CUDA device the Triton kernels run under Triton's interpreter, on CPU tensors.
 """
 
+import gc
 import importlib.util
 import os
 import random
@@ -47,6 +48,14 @@ def seed() -> int:
     random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def quick_collector():
+    """For measurements of bytes, which collect garbage: what has been imported is none."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -8,12 +8,17 @@ import torch
 
 from backfuse import cli
 from backfuse.bench import data, demo, measure
-from backfuse.bench.model import ByteModel, ModelSize, PlainStack, generate, printable
+from backfuse.bench.model import ByteModel, ModelSize, generate, printable
+from backfuse.bench.plain import PlainBlock, PlainStack
 
 TINY = ["--steps", "2", "--seq-len", "32", "--layers", "2", "--batch-size", "2"]
 TINY += ["--hidden-size", "32", "--device", "cpu"]
-NAMES = ["plain", "checkpoint", "sac-attention"]
+NAMES = ["eager", "checkpoint", "sac-attention"]
 NAMES += [f"backfuse {policy}" for policy in ("keep", "selective", "lean", "full")]
+
+
+def small_stack(size):
+    return PlainStack(PlainBlock(size.spec) for _ in range(size.layers))
 
 
 @pytest.fixture
@@ -28,7 +33,7 @@ def test_demo_writes_what_it_promises(tmp_path, text, capsys):
     assert cli.main(["demo", *TINY, "--data", str(text), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "losses and final weights are bitwise equal over 2 steps" in printed
-    assert "checkpoint against plain: bitwise equal losses" in printed
+    assert "checkpoint against eager: bitwise equal losses" in printed
     assert "Written by the model" in printed
     assert f"{text}: 5,120 bytes" in printed
 
@@ -63,7 +68,7 @@ def test_interrupted_demo_writes_what_is_done(tmp_path, text, capsys, monkeypatc
     assert cli.main(["demo", *TINY, "--data", str(text), "--out", str(tmp_path)]) == 130
     assert "Interrupted after 1 of 2 steps" in capsys.readouterr().out
     assert len(pd.read_csv(tmp_path / "losses.csv")) == 1
-    assert pd.read_csv(tmp_path / "summary.csv")["time_vs_plain"].notna().all()
+    assert pd.read_csv(tmp_path / "summary.csv")["time_vs_eager"].notna().all()
 
 
 def test_interrupted_before_the_first_step(tmp_path, text, monkeypatch):
@@ -150,7 +155,7 @@ def test_shortest_text(tmp_path):
 
 def test_generated_text_is_safe_to_print():
     size = ModelSize(layers=1, hidden_size=32, seq_len=8)
-    model = ByteModel(size, PlainStack(size, "plain"))
+    model = ByteModel(size.spec, 8, small_stack(size))
     written = generate(model, b"ab", 30, torch.Generator().manual_seed(0), temperature=1.0)
     assert len(written) == 32 and written.startswith("ab")
     assert printable([27, 91, 10, 65, 127, 200]) == "·[\nA··"
@@ -158,7 +163,7 @@ def test_generated_text_is_safe_to_print():
 
 def test_model_is_causal():
     size = ModelSize(layers=2, hidden_size=32, seq_len=8)
-    model = ByteModel(size, PlainStack(size, "plain"))
+    model = ByteModel(size.spec, 8, small_stack(size))
     inputs = torch.randint(256, (1, 8))
     changed = inputs.clone()
     changed[0, 5] = (changed[0, 5] + 1) % 256

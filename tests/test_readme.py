@@ -9,6 +9,7 @@ import torch
 
 import backfuse
 from backfuse import BlockSpec, BlockStack, Policy, block_flops, kept_bytes
+from backfuse.bench import report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,17 +38,23 @@ def test_files_it_points_to_exist():
         assert (ROOT / link).exists(), link
 
 
+def test_what_was_measured_is_what_the_pages_show():
+    """After a change of a CSV, or of a page by hand: `backfuse bench report`."""
+    for path, text in report.render(ROOT).items():
+        assert path.read_text() == text, f"{path} is stale; this writes it: backfuse bench report"
+
+
 def test_measured_table_is_the_checked_in_measurement():
-    folder = ROOT / Path(re.search(r"\]\((bench/results/[^)]+)\.png\)", README).group(1))
-    with open(folder.with_suffix(".csv")) as file:
-        measured = {row["provider"]: row for row in csv.DictReader(file)}
+    with open(ROOT / "bench" / "results" / "cpu" / "results.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["tokens"] == "4096"]
+    measured = {f"{row['provider']} {row['policy']}".strip(): row for row in rows}
     table = rows_of("| | time")
     assert len(table) >= 10
     for name, time, held, peak in table:
-        row = measured[name]
-        assert time == f"{float(row['time_vs_plain']):.2f}", name
-        assert held == f"{float(row['held_kib_per_token_layer']):.1f}", name
-        assert peak == f"{float(row['peak_mib']):,.0f}", name
+        row = measured[name.replace("backfuse", "backfuse-reference")]
+        assert time == f"{float(row['vs_eager']):.2f}", name
+        assert held == f"{float(row['kept_bytes']) / 4096 / 8 / 1024:.1f}", name
+        assert peak == f"{float(row['peak_bytes']) / 2**20:,.0f}", name
 
 
 def test_policy_table_is_what_the_memory_model_says():

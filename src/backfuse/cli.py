@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from backfuse import __version__
+from backfuse import __version__, cli_bench
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,9 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if something measured failed; 2 for what the user can put right, said in one line;
         130 after Ctrl-C.
     """
-    parser = _parser()
-    args = parser.parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        if argv[:1] == ["bench"]:
+            cli_bench.check_subject(argv[1:2])
+        args = _parser().parse_args(argv)
         return args.run(args)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"backfuse: error: {error}", file=sys.stderr)
@@ -40,13 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"backfuse {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
-    bench = commands.add_parser("bench", help="measure against the alternatives")
-    subjects = bench.add_subparsers(title="what to measure", required=True, metavar="WHAT")
-    _add_bench_block(subjects)
-    _add_bench_ffn(subjects)
-    _add_bench_overhead(subjects)
-    _add_bench_static(subjects)
-    _add_bench_performance(subjects)
+    cli_bench.add(commands)
+    _add_doctor(commands)
     _add_tune(commands)
     return parser
 
@@ -78,163 +75,18 @@ def _demo(args: argparse.Namespace) -> int:
     return demo.run(demo.Settings(**options))
 
 
-def _add_bench_block(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subjects.add_parser(
-        "block",
-        help="a stack of blocks: time, held bytes, peak",
-        description="Forward and backward of a stack of Llama blocks, against Hugging Face's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--intermediate-size", type=int, default=1408)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, help="(default: as many as heads)")
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--dtype", default="fp32", help="fp32, bf16, fp16 or fp64")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each one is timed")
-    parser.add_argument(
-        "--provider",
-        type=_names,
-        metavar="A,B,...",
-        help="whom to measure; backfuse is one of them, plain always runs (default: all)",
-    )
-    parser.add_argument(
-        "--policy", type=_names, metavar="A,B,...", help="backfuse's policies (default: all)"
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "doctor", help="versions, warnings, and whether every kernel is right on this device"
     )
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=int, help="of PyTorch on a CPU (default: its own choice)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table there")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="write a picture (PNG) there")
-    parser.set_defaults(run=_bench_block)
+    parser.set_defaults(run=_doctor)
 
 
-def _bench_block(args: argparse.Namespace) -> int:
-    from backfuse.bench import block, block_results
+def _doctor(args: argparse.Namespace) -> int:
+    from backfuse.bench import doctor
 
-    options = {name: value for name, value in vars(args).items() if name != "run"}
-    outputs = {name: options.pop(name) for name in ("csv", "plot", "threads")}
-    names = {"provider": "providers", "policy": "policies"}
-    setup = {names.get(name, name): value for name, value in options.items() if value is not None}
-    return block.run(block_results.Setup(**setup), **outputs)
-
-
-def _add_bench_ffn(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subjects.add_parser(
-        "ffn",
-        help="the FFN half: time, held bytes, peak; and its kernels against the library",
-        description="Forward and backward of an FFN half, and the kernels one by one on a GPU.",
-    )
-    parser.add_argument(
-        "--shape", metavar="NAME", help="(default: llama-3-8b on a GPU, a small Llama on a CPU)"
-    )
-    parser.add_argument("--hidden-size", type=int, help="instead of the shape's")
-    parser.add_argument("--intermediate-size", type=int, help="instead of the shape's")
-    parser.add_argument("--tokens", type=int, help="(default: 8192 on a GPU, 2048 on a CPU)")
-    parser.add_argument(
-        "--dtype", help="fp32, bf16, fp16 or fp64 (default: bf16 on a GPU, fp32 on a CPU)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="how often everything is timed (default: 5)"
-    )
-    parser.add_argument(
-        "--provider",
-        type=_names,
-        metavar="A,B,...",
-        help="whom to measure; backfuse is one of them, eager always runs (default: all)",
-    )
-    parser.add_argument(
-        "--tables", type=_names, metavar="A,B", help="half and kernels (default: both)"
-    )
-    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument(
-        "--csv",
-        type=Path,
-        metavar="PATH",
-        help="write PATH-half.csv and PATH-kernels.csv; with one table, PATH.csv",
-    )
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="write a picture (PNG) there")
-    parser.set_defaults(run=_bench_ffn)
-
-
-def _bench_ffn(args: argparse.Namespace) -> int:
-    from backfuse.bench import ffn, ffn_results
-
-    options = {name: value for name, value in vars(args).items() if name != "run"}
-    outputs = {name: options.pop(name) for name in ("csv", "plot")}
-    names = {"provider": "providers"}
-    setup = {names.get(name, name): value for name, value in options.items() if value is not None}
-    return ffn.run(ffn_results.Setup(**setup), **outputs)
-
-
-def _add_bench_overhead(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subjects.add_parser(
-        "overhead",
-        help="what Python takes to launch a pass",
-        description="Forward and backward of both halves and of a block, with kernels and GEMMs "
-        "that do nothing: microseconds of the host.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--repeats", type=int, default=2000, help="passes of each kind")
-    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
-    parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table there")
-    parser.set_defaults(run=_bench_overhead)
-
-
-def _bench_overhead(args: argparse.Namespace) -> int:
-    from backfuse.bench import overhead
-
-    return overhead.run(**{name: value for name, value in vars(args).items() if name != "run"})
-
-
-def _add_bench_static(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subjects.add_parser(
-        "static",
-        help="the kernels' registers, spills and shared memory, without a GPU",
-        description="Compile every kernel ahead of time and read what the compilers made of it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--arch", type=_names, metavar="A,B,...", help="e.g. sm_90,gfx942 (default: all)"
-    )
-    parser.add_argument("--kernel", type=_names, metavar="A,B,...", help="(default: all)")
-    parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table there")
-    parser.add_argument(
-        "--check", type=Path, metavar="DIR", help="fail if a kernel is worse than in DIR/ARCH.csv"
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
-    parser.set_defaults(run=_bench_static)
-
-
-def _bench_static(args: argparse.Namespace) -> int:
-    from backfuse.bench import static_report
-
-    options = {name: value for name, value in vars(args).items() if name != "run"}
-    names = {"arch": "architectures", "kernel": "kernels"}
-    return static_report.run(
-        **{names.get(name, name): value for name, value in options.items() if value is not None}
-    )
-
-
-def _add_bench_performance(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subjects.add_parser(
-        "performance",
-        help="what blocks would take on a GPU, by arithmetic: the tables of docs/performance.md",
-    )
-    parser.add_argument(
-        "--write", type=Path, metavar="PATH", help="write the tables into that document"
-    )
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="write the frontier (PNG) there")
-    parser.set_defaults(run=_bench_performance)
-
-
-def _bench_performance(args: argparse.Namespace) -> int:
-    from backfuse.bench import performance
-
-    return performance.run(write=args.write, plot=args.plot)
+    return doctor.run(args.device)
 
 
 def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -245,7 +97,7 @@ def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--shape", metavar="NAME", help="a model's sizes (default: llama-3-8b)")
     parser.add_argument(
         "--parts",
-        type=_names,
+        type=cli_bench.names,
         metavar="A,B",
         help="what to measure: ffn, attention (default: both)",
     )
@@ -277,13 +129,9 @@ def _tune(args: argparse.Namespace) -> int:
 
 def _integers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(number) for number in _names(text))
+        return tuple(int(number) for number in cli_bench.names(text))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}, expected integers such as 1024,4096") from None
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 if __name__ == "__main__":
