@@ -195,9 +195,8 @@ def cpu() -> str:
     same = (table["shape"] == first["shape"]) & (table["tokens"] == first["tokens"])
     own = table[same & table["provider"].str.startswith("backfuse")].set_index("policy")
     row = own.loc["keep"]
-    spec = BlockSpec(
-        *(int(row[name]) for name in ("hidden_size", "intermediate_size", "heads", "kv_heads"))
-    )
+    hidden_size, intermediate_size = int(row["hidden_size"]), int(row["intermediate_size"])
+    spec = BlockSpec(hidden_size, intermediate_size, int(row["heads"]), int(row["kv_heads"]))
     batch_size = int(row["batch_size"])
 
     def flops(policy: str) -> int:
