@@ -156,7 +156,7 @@ class HalfJob:
 
     def away(self, kept: Kept) -> list[str]:
         """Names of those kept tensors that go elsewhere."""
-        return sorted(offloaded(self.policy, frozenset(kept)))
+        return sorted(offloaded(self.policy, self.keep))
 
     def _cast(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
         return cast_weights(dict(zip(self.names, weights, strict=True)), self.call.compute_dtype)

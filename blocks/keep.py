@@ -108,6 +108,8 @@ OFFLOADED_WITH = {
 @cache
 def offloaded(policy: Policy, kept: frozenset[str]) -> frozenset[str]:
     """Names of those kept tensors that are kept elsewhere than on the device."""
+    if not policy.offloads:
+        return frozenset()
     return frozenset(
         name
         for name, activation in OFFLOADED_WITH.items()

@@ -122,6 +122,11 @@ class Policy:
         return getattr(self, name) in ("keep", "offload")
 
     @cached_property
+    def offloads(self) -> bool:
+        """Whether something is kept elsewhere than on the device."""
+        return any(getattr(self, name) == "offload" for name in ACTIVATION_NAMES)
+
+    @cached_property
     def lossy(self) -> bool:
         """Whether gradients differ from those of `keep`: something is kept in eight bits."""
         return any(getattr(self, name) == "fp8" for name in FP8_NAMES)

@@ -128,6 +128,8 @@ class RunJob:
         """Names of those kept tensors that go elsewhere."""
         names = []
         for index, layer in enumerate(self.layers):
+            if not layer.policy.offloads:
+                continue
             own = frozenset(
                 name.removeprefix(f"{index}.") for name in kept if name.startswith(f"{index}.")
             )
