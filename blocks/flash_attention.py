@@ -140,7 +140,8 @@ def _check_numbers(
         if value is not None and not right:
             raise ValueError(f"{name} is {value!r}, expected a positive integer, or None")
     for name, value in (("softcap", softcap), ("scale", scale)):
-        if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < float("inf")):
             raise ValueError(f"{name} is {value!r}, expected a positive number, or None")
     if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout is {dropout!r}, expected 0 <= p < 1")
@@ -206,6 +207,8 @@ def flash_attention(
         if x.dim() != dims:
             layout = "[batch, rows, heads, dim]" if dims == 4 else "[rows, heads, dim], packed"
             raise ValueError(f"{name} has the shape {list(x.shape)}, expected {layout}")
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal is {causal!r}, expected True or False")
     _check_numbers(window, softcap, scale, dropout, max_seqlen_q, max_seqlen_k)
     check_impl(impl)
     if cu_seqlens_q is None:
@@ -216,6 +219,8 @@ def flash_attention(
             if value is not None:
                 raise ValueError(f"cu_seqlens_q is None, expected offsets together with {name}")
     else:
+        if cu_seqlens_k is None and max_seqlen_k is not None:
+            raise ValueError("cu_seqlens_k is None, expected offsets together with max_seqlen_k")
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
         _check_packed("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q.shape[1], q)
         if cu_seqlens_k is not None:
@@ -224,7 +229,7 @@ def flash_attention(
     if dropout:
         seed = torch.randint(2**63 - 1, (1,), device=q.device, dtype=torch.int64)
     mask = AttentionMask(
-        causal=bool(causal),
+        causal=causal,
         window=window,
         softcap=softcap,
         scale=q.shape[3] ** -0.5 if scale is None else scale,

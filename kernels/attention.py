@@ -35,6 +35,7 @@ from .attention_tiles import (
     dropout_factor,
     keys_seen,
     load_rows,
+    row_offsets,
     score,
     spans_of,
     visible,
@@ -60,7 +61,7 @@ def _forward_step(
         BLOCK_N, BLOCK_D, HEAD_DIM, DESC, VARLEN,
     )  # [BLOCK_N, BLOCK_D]
     dots = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    scores, _ = score(dots, scale, softcap, SOFTCAP)
+    scores, _ = score(dots, scale, softcap, SOFTCAP, PRECISION)
     if MASKED:
         offs_n = col + tl.arange(0, BLOCK_N)
         seen = visible(
@@ -153,8 +154,8 @@ def attention_forward_kernel(
         mask = (offs_m < queries)[:, None] & (offs_d < V_DIM)[None, :]
         tl.store(pointers, acc.to(DTYPE), mask=mask)
         place = tokens_m if VARLEN else offs_m.to(tl.int64)
-        row_pointers = lse + batch.to(tl.int64) * stride_lb + head * stride_lh + place * stride_lt
-        tl.store(row_pointers, row_lse, mask=offs_m < queries)
+        at_lse = lse + row_offsets(place, head, batch, stride_lb, stride_lh, stride_lt)
+        tl.store(at_lse, row_lse, mask=offs_m < queries)
 
 
 def attention_forward(
@@ -193,7 +194,7 @@ def attention_forward(
             launch.rows_of(q, config.block_m),
             launch.rows_of(k, config.block_n),
             launch.rows_of(v, config.block_n),
-            sinks, out, lse, launch.cu_seqlens, launch.cu_seqlens_k, *table, seed,
+            launch.sinks, out, lse, launch.cu_seqlens, launch.cu_seqlens_k, *table, seed,
             *launch.sizes,
             *row_strides(q), *row_strides(k), *row_strides(v), *row_strides(out),
             *lse.stride(),

@@ -35,6 +35,7 @@ from .attention_tiles import (
     keys_seen,
     load_rows,
     queries_seeing,
+    row_offsets,
     score,
     spans_of,
     visible,
@@ -46,10 +47,11 @@ from .reference.explicit_attention import AttentionMask, sink_gradient
 
 @triton.jit
 def _probabilities(
-    dots, row_lse, scale, softcap, seen, SOFTCAP: tl.constexpr, MASKED: tl.constexpr
-):
+    dots, row_lse, scale, softcap, seen, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """P from `Q K^T` (or P^T from its transpose), and tanh's value. `row_lse` in units of log 2."""
-    scores, tanh = score(dots, scale, softcap, SOFTCAP)
+    scores, tanh = score(dots, scale, softcap, SOFTCAP, PRECISION)
     weights = tl.exp2(scores - row_lse)
     if MASKED:
         weights = tl.where(seen, weights, 0.0)
@@ -91,9 +93,10 @@ def _dkdv_step(
     seen = mask_m[None, :]
     if CAUSAL or WINDOW:
         seen = in_reach((offs_m + shift)[None, :] - offs_n[:, None], window, CAUSAL, WINDOW)
-    row_lse = _row_lse(lse, batch * stride_lb + head * stride_lh + place * stride_lt, mask_m)
+    at_lse = row_offsets(place, head, batch, stride_lb, stride_lh, stride_lt)
+    row_lse = _row_lse(lse, at_lse, mask_m)
     weights, tanh = _probabilities(
-        dots, row_lse[None, :], scale, softcap, seen, SOFTCAP, CAUSAL or WINDOW
+        dots, row_lse[None, :], scale, softcap, seen, SOFTCAP, CAUSAL or WINDOW, PRECISION
     )
     do_tile = load_rows(
         dout, first, row, queries, head, stride_dt, stride_dh,
@@ -108,9 +111,8 @@ def _dkdv_step(
         dropped = weights * factor
         dweights *= factor
     dv = tl.dot(dropped.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
-    row_delta = tl.load(
-        delta + batch * stride_eb + head * stride_eh + place * stride_et, mask=mask_m, other=0.0
-    )
+    at_delta = row_offsets(place, head, batch, stride_eb, stride_eh, stride_et)
+    row_delta = tl.load(delta + at_delta, mask=mask_m, other=0.0)
     dscores = weights * (dweights - row_delta[None, :])
     if SOFTCAP:
         dscores *= 1.0 - tanh * tanh
@@ -216,7 +218,9 @@ def _dq_step(
         seen = visible(
             offs_m[:, None], offs_n[None, :], queries, keys, shift, window, CAUSAL, WINDOW
         )
-    weights, tanh = _probabilities(dots, row_lse[:, None], scale, softcap, seen, SOFTCAP, MASKED)
+    weights, tanh = _probabilities(
+        dots, row_lse[:, None], scale, softcap, seen, SOFTCAP, MASKED, PRECISION
+    )
     v_tile = load_rows(
         v, first_k, col, keys, kv_head, stride_vt, stride_vh,
         BLOCK_N, BLOCK_DV, V_DIM, DESC, VARLEN,
@@ -267,10 +271,10 @@ def attention_dq_kernel(
             dout, first, row, queries, head, stride_dt, stride_dh,
             BLOCK_M, BLOCK_DV, V_DIM, DESC, VARLEN,
         )
-        row_lse = _row_lse(lse, batch * stride_lb + head * stride_lh + place * stride_lt, mask_m)
-        row_delta = tl.load(
-            delta + batch * stride_eb + head * stride_eh + place * stride_et, mask=mask_m, other=0.0
-        )
+        at_lse = row_offsets(place, head, batch, stride_lb, stride_lh, stride_lt)
+        row_lse = _row_lse(lse, at_lse, mask_m)
+        at_delta = row_offsets(place, head, batch, stride_eb, stride_eh, stride_et)
+        row_delta = tl.load(delta + at_delta, mask=mask_m, other=0.0)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         slice_number = sequence * heads + head
         lo, full_lo, full_hi, hi = keys_seen(

@@ -23,6 +23,9 @@ from .launch import (
 from .reference.attention_inputs import check_attention
 from .reference.explicit_attention import AttentionMask
 
+#: What the third dimension of a grid can be.
+MAX_BATCH = 65535
+
 
 class Tiles(NamedTuple):
     """Blocks of rows of packed sequences.
@@ -77,6 +80,8 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         TypeError: for a dtype no kernel takes.
         ValueError: for heads that are too wide, or strides that do not fit.
     """
+    if len(q) > MAX_BATCH:
+        raise ValueError(f"q has a batch of {len(q)}, expected at most {MAX_BATCH}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in DTYPES:
             raise TypeError(
@@ -133,8 +138,10 @@ class Launch:
         block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (head_dim, v_dim))
         self.width = max(block_d, block_dv)
         cross = cu_seqlens_k is not None or self.tokens != self.tokens_k
-        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-        self.cu_seqlens_k = None if cu_seqlens_k is None else cu_seqlens_k.contiguous()
+        # int32: a descriptor's offsets are no wider, and rows beyond would not fit a GPU
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.int().contiguous()
+        self.cu_seqlens_k = None if cu_seqlens_k is None else cu_seqlens_k.int().contiguous()
+        self.sinks = None if sinks is None else sinks.contiguous()
         self.heavy = bool(mask.softcap or mask.dropout or cu_seqlens is not None or cross)
         blocks = [(q, block_d), (k, block_d), (v, block_dv)]
         if dout is not None:
@@ -148,7 +155,7 @@ class Launch:
         self.numbers = (
             mask.scale,
             mask.softcap or 1.0,
-            mask.window or 0,
+            min(mask.window or 0, self.tokens + self.tokens_k),  # no sum with it overflows
             threshold - 2**32 if threshold >= 2**31 else threshold,  # its bits, signed
             1.0 / (1.0 - mask.dropout),
         )

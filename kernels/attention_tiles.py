@@ -60,12 +60,18 @@ def load_rows(
     else:
         offs_row, offs_d = row + tl.arange(0, BLOCK_ROW), tl.arange(0, BLOCK_D)
         pointers = source + (first + offs_row).to(tl.int64)[:, None] * stride_row
-        pointers += head * stride_head + offs_d[None, :]
+        pointers += head.to(tl.int64) * stride_head + offs_d[None, :]
         mask = (offs_row < rows)[:, None]
         if BLOCK_D != HEAD_DIM:
             mask = mask & (offs_d < HEAD_DIM)[None, :]
         tile = tl.load(pointers, mask=mask, other=0.0)
     return tile
+
+
+@triton.jit
+def row_offsets(rows, head, batch, stride_batch, stride_head, stride_row):
+    """Where numbers of rows are (LSE, delta): int64."""
+    return batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head + rows * stride_row
 
 
 @triton.jit
@@ -183,10 +189,15 @@ def visible(
 
 
 @triton.jit
-def score(dots, scale, softcap, SOFTCAP: tl.constexpr):
+def score(dots, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """Scores in units of log 2, from `Q K^T`; and tanh's value (the same scores without a cap)."""
     if SOFTCAP:
-        tanh = 2.0 / (1.0 + tl.exp(-2.0 * dots * (scale / softcap))) - 1.0
+        x = dots * (scale / softcap)
+        tanh = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
+        if PRECISION == "ieee":  # fp32: near 0 that difference cancels, and a series does not
+            x2 = x * x
+            series = -1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))
+            tanh = tl.where(tl.abs(x) < 0.25, x + x * x2 * series, tanh)
         scores = tanh * (softcap * LOG2E)
     else:
         scores = dots * (scale * LOG2E)

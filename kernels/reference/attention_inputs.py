@@ -30,6 +30,8 @@ def check_attention(
     if mask.dropout and seed is None:
         raise ValueError(f"seed is None, expected one for a dropout of {mask.dropout}")
     if sinks is not None:
+        if not isinstance(sinks, Tensor):
+            raise TypeError(f"sinks is {sinks!r}, expected a tensor, or None")
         if tuple(sinks.shape) != (q.shape[2],) or not sinks.is_floating_point():
             raise ValueError(
                 f"sinks is {sinks.dtype} {list(sinks.shape)}, expected a floating-point one for "
@@ -62,6 +64,8 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4:
         raise ValueError(f"q has the shape {list(q.shape)}, expected [batch, tokens, heads, dim]")
     batch, _, heads, head_dim = q.shape
+    if not batch:
+        raise ValueError(f"q has the shape {list(q.shape)}, expected a batch of at least 1")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not x.is_floating_point() or x.dtype != q.dtype:
             raise TypeError(f"{name} is {x.dtype}, expected a floating-point dtype, all the same")
