@@ -65,6 +65,7 @@ class AttentionHalf:
         self.qk_norms = [weights.get(f"self_attn.{name}_norm.weight") for name in "qk"]
         self.sinks = weights.get("self_attn.sinks")
         self._heads: Heads | None = None
+        self._scratch: Tensor | None = None
 
     def _normed(self, rows: slice) -> Tensor:
         """The normalised input of a chunk, in the compute dtype."""
@@ -100,9 +101,10 @@ class AttentionHalf:
         qk_size = spec.q_size + spec.kv_size
         if self.rotates and "qkv" in self.values:
             # As wide as qkv: with other strides the attention core could round differently.
-            qk = torch.empty_like(qkv)[:, :qk_size]
-        else:
-            qk = qkv[:, :qk_size]
+            self._scratch = torch.empty_like(qkv)
+        elif "qkv" not in self.values:
+            self._scratch = qkv
+        qk = (qkv if self._scratch is None else self._scratch)[:, :qk_size]
         cos, sin = self._angles()
         names = ("attn_out", "dout", "delta")
         for rows in call.chunks():
@@ -237,12 +239,22 @@ class AttentionHalf:
             bias=self.inputs.attention_mask,
             cu_seqlens=self.inputs.cu_seqlens,
             seed=self.inputs.seed,
+            dq=None if self._scratch is None else heads[0],
             need_dsinks="self_attn.sinks" in grads.wanted,
         )
         grads.add("self_attn.sinks", dsinks)
-        del dout, heads
+        in_place = dheads[0] is heads[0]
+        parts = [part.flatten(2).flatten(0, 1) for part in dheads]
+        del dout, heads, dheads
         self._heads = None  # roped q and k are not read again
-        return self._backward_qkv(dmid, (dheads[0], dheads[1], dheads[2]), needs, grads)
+        if in_place and self._scratch is not None:  # the gradient of q stands there already
+            widths = spec.kv_size, spec.v_size
+            for room, part in zip(
+                self._scratch[:, spec.q_size :].split(widths, -1), parts[1:], strict=True
+            ):
+                room.copy_(part)
+            parts = [self._scratch]
+        return self._backward_qkv(dmid, parts, needs, grads)
 
     def _new_delta(self, dout: Tensor) -> Tensor | None:
         """Room for delta, `[tokens, heads]`, tokens side by side as the attention kernels read
@@ -254,17 +266,26 @@ class AttentionHalf:
         ).t()
 
     def _backward_qkv(
-        self, dmid: Tensor, dheads: Heads, needs: Needs, grads: WeightGrads
+        self, dmid: Tensor, parts: list[Tensor], needs: Needs, grads: WeightGrads
     ) -> Tensor | None:
-        """From the gradients of roped q and k, and of v, to the half's input."""
+        """From the gradients of roped q and k, and of v, to the half's input.
+
+        Args:
+            dmid: `[tokens, h]`, the gradient of the half's output.
+            parts: `[tokens, width]` each: the gradients of q, k and v, or one of all, which is
+                overwritten.
+            needs: what this half has to give.
+            grads: where the weights' gradients go.
+        """
         call, spec = self.call, self.spec
         cos, sin = self._angles()
         dx = torch.empty_like(dmid) if needs.input else None
-        flat = [part.flatten(2).flatten(0, 1) for part in dheads]
         qk_size = spec.q_size + spec.kv_size
         names = [f"self_attn.{name}_norm.weight" for name in "qk"]
         for rows in call.chunks():
-            dqkv = torch.cat([part[rows] for part in flat], -1)
+            dqkv = parts[0][rows]
+            if len(parts) > 1:
+                dqkv = torch.cat([part[rows] for part in parts], -1)
             if self.rotates:
                 dweights = call.ops.qk_rope_backward(
                     dqkv[:, :qk_size],

@@ -317,6 +317,7 @@ def attention_backward(
     cu_seqlens_k: Tensor | None = None,
     seed: Tensor | None = None,
     need_dsinks: bool = True,
+    dq: Tensor | None = None,
     dkdv_config: Config | None = None,
     dq_config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -325,6 +326,8 @@ def attention_backward(
 
     Args:
         delta: `[batch, heads, tokens]`, fp32, any strides.
+        dq: shaped as q and in its dtype, written; may be q itself, which is lost then: its kernel
+            runs last, and each program reads its own rows before it writes them. None: fresh.
         dkdv_config: tile sizes; None for the table's.
         dq_config: see dkdv_config.
 
@@ -351,7 +354,9 @@ def attention_backward(
     name, size = architecture(q.device), q.element_size()
     keys = dkdv_config or choose("attention_dkdv", name, size, launch.width, launch.heavy)
     queries = dq_config or choose("attention_dq", name, size, launch.width, launch.heavy)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    if dq is None:
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     strides = [s for x in (q, k, v, dout) for s in row_strides(x)]
     strides += [*lse.stride(), *delta.stride()]
     with on_device(q):

@@ -57,6 +57,7 @@ def attention_backward(
     cu_seqlens_k: Tensor | None = None,
     seed: Tensor | None = None,
     need_dsinks: bool = True,
+    dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and sinks. As `reference.attention.attention_backward`.
 
@@ -71,4 +72,4 @@ def attention_backward(
     }  # fmt: skip
     if bias is not None:
         return explicit_backward(dout, q, k, v, lse, mask, delta, bias=bias, **options)
-    return kernel_backward(dout, q, k, v, lse, mask, delta, **options)
+    return kernel_backward(dout, q, k, v, lse, mask, delta, dq=dq, **options)

@@ -269,3 +269,17 @@ def test_configurations_that_would_be_wrong_do_not_compile():
     mask = AttentionMask(dropout=0.1)
     with pytest.raises(Exception, match="keys drop out in groups of four"):
         attention_forward(q, k, v, mask, seed=seed, config=Config(32, 2, 16, 4, 1))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_gradient_of_q_in_its_place(packed, poisoned_empty):
+    """As a block asks for it: the same bits, where q was."""
+    q, k, v = (x.clone() for x in heads(1 if packed else 2, 133, 4, 2, 16, torch.float32))
+    options = {"cu_seqlens": torch.tensor(BOUNDS, device=DEVICE)} if packed else {}
+    mask = ALL_MASKS["window-40"]
+    out, lse = attention_forward(q, k, v, mask, **options)
+    dout = torch.randn_like(out)
+    delta = (out * dout).sum(-1).transpose(1, 2)
+    fresh = attention_backward(dout, q, k, v, lse, mask, delta, **options)
+    found = attention_backward(dout, q, k, v, lse, mask, delta, dq=q, **options)
+    assert found[0] is q and all(torch.equal(a, b) for a, b in zip(found[:3], fresh, strict=False))

@@ -17,7 +17,7 @@ from families import (
 )
 
 from backfuse import BlockSpec, BlockStack, TransformerBlock, ffn, rope_cos_sin
-from backfuse.kernels import dispatch, fused, reference
+from backfuse.kernels import attention_core, dispatch, fused, reference
 
 STRATEGIES = ["split", "fused"]
 
@@ -234,3 +234,22 @@ def test_without_triton_the_reference_runs(monkeypatch):
     with pytest.raises(ValueError, match="impl is 'triton', but triton is not installed"):
         dispatch.operations("triton", cuda, torch.bfloat16, 64)
     dispatch._obstacle.cache_clear()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("policy", ["keep", "lean"])
+def test_scratch_holds_the_gradient_of_q(family, policy, monkeypatch):
+    """q's gradient takes q's place, but for a q that is kept: that is only read."""
+    asked = []
+    kernel = attention_core.kernel_backward
+
+    def spy(dout, q, *others, dq, **options):
+        asked.append(dq is q)
+        return kernel(dout, q, *others, dq=dq, **options)
+
+    monkeypatch.setattr(attention_core, "kernel_backward", spy)
+    spec = FAMILIES[family]
+    x, grad = make_input(spec)
+    results(kernel_block(spec, policy), x.to(DEVICE), grad.to(DEVICE))
+    read_only = policy == "keep" and spec.rope is None and spec.qk_norm is None
+    assert asked == [not read_only]

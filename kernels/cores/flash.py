@@ -77,6 +77,7 @@ def attention_backward(
     cu_seqlens_k: Tensor | None = None,
     seed: Tensor | None = None,
     need_dsinks: bool = True,
+    dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """Gradients of q, k and v. As `reference.attention.attention_backward`."""
     call = FlashCall(q, mask, cu_seqlens)

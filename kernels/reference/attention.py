@@ -99,6 +99,7 @@ def attention_backward(
     cu_seqlens_k: Tensor | None = None,
     seed: Tensor | None = None,
     need_dsinks: bool = True,
+    dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k and v, fresh and contiguous, shaped as those; and of the sinks.
 
@@ -117,6 +118,8 @@ def attention_backward(
         cu_seqlens_k: see q.
         seed: see q.
         need_dsinks: whether the gradient of the sinks is wanted.
+        dq: room for the gradient of q, which may be q itself, where that is not read again. Whether
+            it is taken is the core's business: the result says where the gradient is.
 
     Returns:
         dq, dk, dv, and dsinks: `[heads]`, fp32 (fp64 for fp64), or None.

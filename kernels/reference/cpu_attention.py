@@ -71,6 +71,7 @@ def attention_backward(
     cu_seqlens_k: Tensor | None = None,
     seed: Tensor | None = None,
     need_dsinks: bool = True,
+    dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """Gradients of q, k and v. As `attention.attention_backward`, for what `CPU` can do."""
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
