@@ -1,12 +1,13 @@
 """The problems: what each operation computes, on which inputs, in plain PyTorch.
 
-    norm        [tokens, h] to the same
-    rope        qk-norm, where the block has it, and RoPE: the projections' output to q and k
-    ffn         the FFN half, x + mlp(norm(x))
-    attention   the attention core, softmax(q kᵀ) v
-    block       a transformer block
-    stack       several of them
-    train       a training step of a small language model around a stack: loss, gradients, AdamW
+    norm            [tokens, h] to the same
+    rope            qk-norm, where the block has it, and RoPE: the projections' output to q and k
+    ffn             the FFN half, x + mlp(norm(x))
+    attention       the attention core, softmax(q kᵀ) v
+    attention-half  x + self_attn(norm(x))
+    block           a transformer block
+    stack           several of them
+    train           a training step of a small language model around a stack: loss, gradients, AdamW
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from .model import ByteModel
 from .plain import (
+    PlainAttentionHalf,
     PlainBlock,
     PlainCore,
     PlainHalf,
@@ -141,6 +143,13 @@ def attention(case: Case) -> Problem:
     return Problem(case, PlainCore(spec), inputs, attention=_core_flops(case))
 
 
+def attention_half(case: Case) -> Problem:
+    """The attention half."""
+    module = _stir(PlainAttentionHalf(case.spec, _rotary(case), **case.factory))
+    x = _random(case, case.spec.hidden_size)
+    return Problem(case, module, {"x": x}, attention=_core_flops(case))
+
+
 def _precise_layers(case: Case, layers: Iterable[nn.Module], dtype: torch.dtype) -> list[nn.Module]:
     """The same blocks in a higher dtype. Hugging Face's norms compute in fp32, whatever theirs."""
     copies: list[nn.Module] = []
@@ -195,6 +204,7 @@ PROBLEMS: dict[str, Callable[[Case], Problem]] = {
     "rope": rope,
     "ffn": ffn,
     "attention": attention,
+    "attention-half": attention_half,
     "block": stack,
     "stack": stack,
     "train": train,

@@ -141,6 +141,15 @@ def _ffn(problem: Problem, policy: str, strategy: str) -> Contender:
     return _contender(problem, run, policy)
 
 
+def attention_half(problem: Problem, policy: str) -> Contender:
+    """`backfuse.attention`."""
+    module, spec = problem.module, problem.case.spec
+    weights = dict(module.named_parameters())
+    options: dict[str, Any] = {"weights": weights, "spec": spec, "policy": policy}
+    run = partial(backfuse.attention, position_embeddings=rotary_of(module), **options)
+    return _contender(problem, run, policy)
+
+
 def needs_kernels(case: Case) -> str | None:
     """Why there is nothing to fuse."""
     if operations_for(case) is reference:

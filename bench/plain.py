@@ -180,6 +180,19 @@ class PlainAttention(nn.Module):
         return self.o_proj(sdpa(q, k, v, self.spec.causal).flatten(2))
 
 
+class PlainAttentionHalf(nn.Module):
+    """The attention half: `x + self_attn(norm(x))`; rotary tables as `PlainRope` has them."""
+
+    def __init__(self, spec: BlockSpec, rotary: Rotary | None, **factory: Any) -> None:
+        super().__init__()
+        _hold(self, rotary)
+        self.input_layernorm = norm_of(spec, **factory)
+        self.self_attn = PlainAttention(spec, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.self_attn(self.input_layernorm(x), rotary_of(self))
+
+
 class PlainBlock(nn.Module):
     """A decoder layer in ordinary PyTorch, with Hugging Face's parameter names.
 

@@ -156,6 +156,14 @@ OPERATIONS: dict[str, Operation] = {
         operations.attention,
         {**_ways("eager"), **_CORES, **_ours(own.attention)},
     ),
+    "attention-half": Operation(
+        "the attention half: norm, projections, attention, residual",
+        operations.attention_half,
+        {
+            **_ways("eager", "compile", "checkpoint", "compile-0.5"),
+            **_ours(own.attention_half, ("keep", "lean", "full")),
+        },
+    ),
     "block": Operation(
         "a transformer block",
         operations.stack,
@@ -192,7 +200,7 @@ def choose_providers(op: str, names: tuple[str, ...] | None) -> list[str]:
 def listing() -> str:
     """Operations, providers and shapes, as text."""
     lines = ["operations"]
-    lines += [f"  {name:<12}{op.summary}" for name, op in OPERATIONS.items()]
+    lines += [f"  {name:<16}{op.summary}" for name, op in OPERATIONS.items()]
     lines += ["", "providers"]
     install: dict[str, str] = {}
     takes_part: dict[str, list[str]] = {}

@@ -135,7 +135,7 @@ def test_every_contender_is_right(op, shape, dtype):
     frame, failed = measured(chosen)
     assert set(frame["status"]) == {"ok"} and not failed, frame[["provider", "status", "note"]]
     ours = frame[frame["provider"] == "backfuse-reference"]
-    policies = {"norm": 1, "rope": 1, "attention": 1, "ffn": 2}.get(op, 4)
+    policies = {"norm": 1, "rope": 1, "attention": 1, "ffn": 2, "attention-half": 3}.get(op, 4)
     assert len(ours) == policies
     assert (frame["error"] < (1e-12 if dtype == "fp64" else 0.1)).all()
 

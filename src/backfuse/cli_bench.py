@@ -16,6 +16,7 @@ OPERATIONS = {
     "rope": "qk-norm (where the block has it) and RoPE",
     "ffn": "the FFN half: norm, FFN, residual",
     "attention": "the attention core",
+    "attention-half": "the attention half: norm, projections, attention, residual",
     "block": "a transformer block",
     "stack": "a stack of blocks",
     "train": "a training step with AdamW of a small model around a stack",
