@@ -123,7 +123,10 @@ def run_job(job: Job, inputs: Inputs, hidden_states: Tensor, weights: Sequence[T
     The reshaping stands outside the autograd function: its result is then no view made inside
     it, and may be changed in place as any layer's.
     """
-    z = RecomputeFunction.apply(job, inputs, hidden_states.flatten(0, 1), *weights)
+    x = hidden_states.flatten(0, 1)
+    if x.stride(-1) != 1:  # kernels read whole rows
+        x = x.contiguous()
+    z = RecomputeFunction.apply(job, inputs, x, *weights)
     return z.view(hidden_states.shape)
 
 

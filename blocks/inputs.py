@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from backfuse.kernels.cores.choose import Core
 from backfuse.kernels.dispatch import (
     FFN_STRATEGIES,
     IMPLEMENTATIONS,
+    Operations,
     attention_core,
     operations,
 )
@@ -270,6 +272,12 @@ def _call(
     )
 
 
+@lru_cache(maxsize=4096)
+def _with_core(call: Call, core: Operations | Core) -> Call:
+    """The call with that attention, the same one each time."""
+    return replace(call, core=core)
+
+
 def prepare(
     spec: BlockSpec,
     hidden_states: Tensor,
@@ -343,7 +351,7 @@ def prepare(
     inputs = Inputs(cos, sin, attention_mask, cu_seqlens, seed)
     if attention:
         core = attention_core(impl, call.ops, call.attention_request(inputs, x.device))
-        call = replace(call, core=core)
+        call = _with_core(call, core)
     return call, inputs
 
 

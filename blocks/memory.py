@@ -70,6 +70,8 @@ def kept_bytes(
 ) -> dict[str, int]:
     """Bytes that one block keeps on the device between its forward and its backward pass.
 
+    What it offloads is not in it (see `host_bytes`).
+
     Args:
         spec: the block.
         policy: what it keeps; a policy that recomputes `x` stands for a layer of a segment that
@@ -98,6 +100,10 @@ def kept_bytes(
 
 def host_bytes(spec: BlockSpec, policy: PolicyLike, **sizes: Any) -> dict[str, int]:
     """Bytes that one block keeps elsewhere: in host memory, or in files.
+
+    What the last calls before the backward pass keep is still on the device when that begins, and
+    never leaves: `offload.IN_FLIGHT + 1` of them. So does an `x` whose rows do not stand right
+    behind each other.
 
     Arguments, result and errors as `kept_bytes`.
     """

@@ -12,9 +12,10 @@ in the order of the forward pass:
 So the last call's tensors, which backward wants at once, never travel; a slow link makes the
 compute stream wait, never the host; and no more than a few parcels are on the device at a time.
 
-The compute stream waits for a copy before the memory it used is freed: the allocator, which knows
-that stream's order, may then hand it out again. Host buffers come from PyTorch's caching allocator
-of pinned memory, which knows what copies are under way. Weights never travel.
+The stream whose memory a copy used waits for the copy before that memory is freed: the allocator,
+which knows that stream's order, may then hand it out again. Host buffers come from PyTorch's
+caching allocator of pinned memory, which knows what copies are under way (and rounds sizes up to
+powers of two). Weights never travel.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -63,27 +64,16 @@ class HostBuffer:
 
 
 class FileBuffer:
-    """Room in a file, which is mapped into memory while it is copied; the host waits for copies.
-
-    The file has no name: it goes with the process, however that ends. Its blocks are reserved at
-    once, so that a full disk is an error here and no crash later.
+    """A piece of a file, which is mapped into memory while it is copied; the host waits for copies.
 
     Args:
-        like: the tensor.
-        directory: where the file is.
-
-    Raises:
-        OSError: if the directory cannot be written to, or has no room.
+        file: the file; it goes with its last buffer.
+        start: where the piece begins, a multiple of what a mapping can begin at.
+        size: bytes.
     """
 
-    def __init__(self, like: Tensor, directory: Path) -> None:
-        self.size = like.numel() * like.element_size()
-        self.file = tempfile.TemporaryFile(prefix="backfuse-", dir=directory)
-        reserve = getattr(os, "posix_fallocate", None)  # where there is none, the file is sparse
-        if reserve is None:
-            self.file.truncate(self.size)
-        else:
-            reserve(self.file.fileno(), 0, self.size)
+    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
+        self.file, self.start, self.size = file, start, size
 
     def write(self, x: Tensor) -> None:
         self._copy(lambda mapped: mapped.copy_(x.reshape(-1).view(torch.uint8)))
@@ -92,8 +82,32 @@ class FileBuffer:
         self._copy(out.view(-1).view(torch.uint8).copy_)
 
     def _copy(self, copy: Callable[[Tensor], Any]) -> None:
-        with mmap.mmap(self.file.fileno(), self.size) as mapped:
+        with mmap.mmap(self.file.fileno(), self.size, offset=self.start) as mapped:
             copy(torch.frombuffer(mapped, dtype=torch.uint8))
+
+
+def file_buffers(tensors: Mapping[str, Tensor], directory: Path) -> dict[str, Buffer]:
+    """Room for several tensors in one file.
+
+    The file has no name: it goes with the process, however that ends. Its blocks are reserved at
+    once, so that a full disk is an error here and no crash later.
+
+    Raises:
+        OSError: if the directory cannot be written to, or has no room.
+    """
+    file = tempfile.TemporaryFile(prefix="backfuse-", dir=directory)
+    buffers: dict[str, Buffer] = {}
+    end = 0
+    for name, x in tensors.items():
+        size = x.numel() * x.element_size()
+        buffers[name] = FileBuffer(file, end, size)
+        end += -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+    reserve = getattr(os, "posix_fallocate", None)  # where there is none, the file is sparse
+    if reserve is None:
+        file.truncate(end)
+    else:
+        reserve(file.fileno(), 0, end)
+    return buffers
 
 
 @dataclass(eq=False)
@@ -107,8 +121,10 @@ class Parcel:
         versions: autograd's count of the writes to each, as they were put; none for copies.
         spoiled: the name of one that was written afterwards, before its copy was made.
         buffers: where they are elsewhere, or will be; empty before they leave.
-        sent: follows the copies out; None without streams.
-        fetched: follows the copies of `here` back; None without streams.
+        home: the stream that made them, and may use their memory again; None without streams.
+        ready: follows what made them.
+        sent: follows the copies out.
+        fetched: follows the copies of `here` back.
         gone: whether it has been released.
     """
 
@@ -118,6 +134,8 @@ class Parcel:
     versions: dict[str, int]
     spoiled: str | None = None
     buffers: dict[str, Buffer] = field(default_factory=dict)
+    home: torch.cuda.Stream | None = None
+    ready: torch.cuda.Event | None = None
     sent: torch.cuda.Event | None = None
     fetched: torch.cuda.Event | None = None
     gone: bool = False
@@ -141,7 +159,8 @@ class Line:
         self.waiting: Parcel | None = None
         self.leaving: deque[Parcel] = deque()
         self.ahead: Parcel | None = None
-        self.lock = threading.RLock()  # backward runs in threads of autograd
+        self.lock = threading.Lock()  # backward runs in threads of autograd
+        self.gone: deque[Parcel] = deque()  # released, while somebody held the lock
 
     def put(self, label: str, tensors: Mapping[str, Tensor], owner: object) -> Parcel:
         """Take over what autograd would keep.
@@ -155,11 +174,15 @@ class Line:
             RuntimeError: if there is no room elsewhere. Nothing that was kept is lost.
         """
         with self.lock:
+            self._bury()
             if self.waiting is not None:
                 self._send(self.waiting)
             likes = {name: x.to("meta") for name, x in tensors.items()}
             versions = {name: x._version for name, x in tensors.items()}
             self.waiting = parcel = Parcel(label, likes, dict(tensors), versions)
+            if self.out is not None:
+                parcel.home = torch.cuda.current_stream(self.device)
+                parcel.ready = parcel.home.record_event()
             self.parcels.append(parcel)
         weakref.finalize(owner, self.release, parcel).atexit = False
         return parcel
@@ -171,6 +194,7 @@ class Line:
             RuntimeError: if the parcel has been released, or a tensor has been changed in place.
         """
         with self.lock:
+            self._bury()
             if parcel.gone:
                 raise RuntimeError(f"{parcel.label}: what it kept elsewhere has been released")
             self._check_unchanged(parcel)
@@ -183,18 +207,36 @@ class Line:
                 self._fetch(parcel)
             assert parcel.here is not None
             tensors = parcel.here
-            if parcel.fetched is not None:
-                torch.cuda.current_stream(self.device).wait_event(parcel.fetched)
+            if self.out is not None:
+                stream = torch.cuda.current_stream(self.device)
+                if parcel.fetched is not None:
+                    stream.wait_event(parcel.fetched)
+                if stream != parcel.home:  # whose memory it is has to wait for this one
+                    for x in tensors.values():
+                        x.record_stream(stream)
             if parcel.buffers and parcel not in self.leaving:
                 self._drop(parcel)
             self._look_ahead(parcel)
+            self._bury()
         return tensors
 
     def release(self, parcel: Parcel) -> None:
-        """Forget a parcel: nobody will ask for it."""
-        with self.lock:
-            if parcel.gone:
-                return
+        """Forget a parcel: nobody will ask for it.
+
+        An owner may go at any moment, also while this very thread is at work in here: then it is
+        the next call that forgets.
+        """
+        self.gone.append(parcel)
+        if self.lock.acquire(blocking=False):
+            try:
+                self._bury()
+            finally:
+                self.lock.release()
+
+    def _bury(self) -> None:
+        """Forget what has been released."""
+        while self.gone:
+            parcel = self.gone.popleft()
             self._drop(parcel)
             parcel.gone, parcel.buffers = True, {}
             self.parcels.remove(parcel)
@@ -207,8 +249,8 @@ class Line:
         """Start the copies out of the parcel that waits."""
         assert parcel.here is not None
         try:
-            buffers = {name: self._buffer(x) for name, x in parcel.here.items()}
-            with self._on(self.out):
+            buffers = self._buffers(parcel.here)
+            with self._on(self.out, parcel.ready):
                 for name, x in parcel.here.items():
                     buffers[name].write(x)
         except (OSError, RuntimeError) as error:
@@ -232,8 +274,10 @@ class Line:
             if parcel.here is not None and parcel.here[name]._version != version:
                 parcel.spoiled = name
 
-    def _buffer(self, x: Tensor) -> Buffer:
-        return HostBuffer(x) if self.directory is None else FileBuffer(x, self.directory)
+    def _buffers(self, tensors: Mapping[str, Tensor]) -> dict[str, Buffer]:
+        if self.directory is not None:
+            return file_buffers(tensors, self.directory)
+        return {name: HostBuffer(x) for name, x in tensors.items()}
 
     def _fetch(self, parcel: Parcel) -> None:
         """Start the copies back."""
@@ -241,9 +285,11 @@ class Line:
             name: torch.empty(like.shape, dtype=like.dtype, device=self.device)
             for name, like in parcel.likes.items()
         }
-        with self._on(self.back):
-            if self.back is not None and parcel.sent is not None:
-                self.back.wait_event(parcel.sent)
+        allocated = None
+        if self.back is not None:
+            parcel.home = torch.cuda.current_stream(self.device)
+            allocated = parcel.home.record_event()
+        with self._on(self.back, allocated, parcel.sent):
             for name, x in here.items():
                 parcel.buffers[name].read(x)
         parcel.here, parcel.versions = here, {}
@@ -262,17 +308,21 @@ class Line:
 
     def _drop(self, parcel: Parcel) -> None:
         """Give up what is on the device, once the copies that use it are done."""
-        if parcel.here is not None and self.device.type == "cuda":
+        if parcel.here is not None and parcel.home is not None:
             for event in (parcel.sent, parcel.fetched):
                 if event is not None:
-                    torch.cuda.current_stream(self.device).wait_event(event)
+                    parcel.home.wait_event(event)
         parcel.here = parcel.fetched = None
 
-    def _on(self, stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-        """On a stream, after everything that the compute stream has been given so far."""
+    def _on(
+        self, stream: torch.cuda.Stream | None, *after: torch.cuda.Event | None
+    ) -> AbstractContextManager[object]:
+        """On a stream, after these events."""
         if stream is None:
             return nullcontext()
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        for event in after:
+            if event is not None:
+                stream.wait_event(event)
         return torch.cuda.stream(stream)
 
 

@@ -41,6 +41,7 @@ from .launch import (
     Plan,
     cdiv,
     check_matrix,
+    describable,
     layout,
     layouts,
     on_device,
@@ -114,6 +115,16 @@ def ffn_recompute_kernel(
         )  # fmt: skip
 
 
+def _alike(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> bool:
+    """Whether both halves of the fused kernel are loaded in the same way.
+
+    Else gate and up would be loaded as dy and down can be, in other tiles than in the forward pass,
+    and the sums would have other bits.
+    """
+    first, second = (all(describable(layout(x)) for x in part) for part in (ups, downs))
+    return first == second
+
+
 @planned
 def _plan(
     x: Layout,
@@ -175,6 +186,8 @@ def ffn_recompute_dact(
     """
     if strategy == "auto":
         strategy = strategy_for(x, down.shape[1], gated)
+    if strategy == "fused" and config is None and not _alike((x, *weights), (dy, down)):
+        strategy = "split"
     if strategy == "split":
         ffn_up(x, weights, biases, kind, gated, preact=dpreact, need_hidden=False)
         return ffn_dact(

@@ -253,3 +253,30 @@ def test_scratch_holds_the_gradient_of_q(family, policy, monkeypatch):
     results(kernel_block(spec, policy), x.to(DEVICE), grad.to(DEVICE))
     read_only = policy == "keep" and spec.rope is None and spec.qk_norm is None
     assert asked == [not read_only]
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_an_input_whose_rows_are_columns(impl):
+    """Batch 1, transposed: to flatten it copies nothing, and no kernel could read it."""
+    spec = FAMILIES["llama"]
+    block = make_block(spec).to(DEVICE)
+    block.impl = impl
+    x, grad = make_input(spec, batch_size=1)
+    theirs = results(block, x.detach().to(DEVICE).requires_grad_(), grad.to(DEVICE))
+    turned = x.detach().to(DEVICE).transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    assert same_bits(results(block, turned, grad.to(DEVICE)), theirs)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("width", [126, 128])
+def test_fused_where_only_one_side_is_aligned(stacked, width):
+    """Gate and up are rebuilt in the tiles of the forward pass, or not in that kernel."""
+    spec = BlockSpec(64, width, 4, 2, stacked_gate_up=stacked)
+    x, _ = make_input(spec)
+    offset = torch.randn(x.numel() + 1)[1:].view(x.shape)  # contiguous, one element off
+    found = []
+    for policy in ("keep", "selective"):
+        block = kernel_block(spec, policy)
+        block.ffn_strategy = "fused"
+        found.append(results(block, x.detach().to(DEVICE).requires_grad_(), offset.to(DEVICE)))
+    assert same_bits(*found)
