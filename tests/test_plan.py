@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES, held_bytes, make_input, results, same_bits
 
 import backfuse
-from backfuse import BlockSpec, BlockStack, Plan, rope_cos_sin
+from backfuse import BlockSpec, BlockStack, Plan, cli, rope_cos_sin
 from backfuse.bench.shapes import SHAPES
 from backfuse.blocks.devices import Device
 from backfuse.blocks.offload import line
@@ -116,7 +116,8 @@ def test_more_budget_never_costs_more(strategy, name):
         held = plan.kept_bytes if name == "budget" else plan.peak_bytes
         assert held <= limit and plan.overhead <= last * (1 + GAP) + GAP
         last = plan.overhead
-    assert last == pytest.approx(0 if strategy == "optimal" else big_plan(strategy="uniform").overhead)
+    free = big_plan(strategy=strategy).overhead
+    assert last == pytest.approx(free) and (strategy == "uniform" or abs(free) < 1e-12)
 
 
 def test_it_says_what_it_does():
@@ -261,3 +262,50 @@ def test_a_derived_field_is_derived_again():
     spec = BlockSpec(32, 48, 4, hidden_act="gelu_new")
     assert BlockSpec(**spec.given) == spec and "head_dim" not in spec.given
     assert dataclasses.fields(spec)[0].name in spec.given
+
+
+# The command
+
+COMMAND = ["plan", "--layers", "8", "--seq-len", "2048", "--device", "h200"]
+SHAPE = ["--shape", "llama-3.2-1b"]
+
+
+def test_the_command_shows_saves_and_draws(tmp_path, capsys):
+    path, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    files = ["--json", str(path), "--plot", str(picture)]
+    assert cli.main([*COMMAND, *SHAPE, "--budget", "200MiB", *files]) == 0
+    out = capsys.readouterr().out
+    plan = Plan.load(path)
+    assert plan.budget == 200 * 2**20 and plan.num_layers == 8 and plan.device.name == "h200"
+    assert plan.explain() in out and "attn_out" in out.splitlines()[0]
+    assert "budget of 100.00 MiB: " in out and "budget of 400.00 MiB: " in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_takes_sizes_and_strategies(capsys):
+    sizes = ["--hidden-size", "512", "--intermediate-size", "1408", "--num-attention-heads", "8"]
+    peak = ["--strategy", "uniform", "--peak-budget", "24MiB"]
+    assert cli.main([*COMMAND, *sizes, *peak]) == 0
+    out = capsys.readouterr().out
+    assert "segment" in out.splitlines()[0]
+    assert "peak_budget of 12.00 MiB: cannot be met: the least is" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--shape", "llama-3-8"], "did you mean 'llama-3-8b'"),
+        ([], "expected either the name of a shape or hidden_size"),
+        ([*SHAPE, "--hidden-size", "8"], "expected either"),
+        ([*SHAPE, "--budget", "1KiB"], "budget is 1,024 bytes, expected at least"),
+        ([*SHAPE, "--budget", "lots"], "budget is 'lots'"),
+        ([*SHAPE, "--strategy", "chain"], "strategy is 'chain', expected one of 'optimal'"),
+        ([*SHAPE, "--allow", "offlod"], "did you mean 'offload'"),
+        ([*SHAPE, "--dtype", "fp8"], "dtype is 'fp8'"),
+        ([*SHAPE, "--json", "/nowhere/plan.json"], "/nowhere/plan.json"),
+    ],
+)
+def test_the_command_says_mistakes_in_one_line(args, message, capsys):
+    assert cli.main([*COMMAND, *args]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

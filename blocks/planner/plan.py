@@ -161,7 +161,7 @@ class Plan:
         return self.seconds / (self.num_layers * self.keep.seconds) - 1
 
     def runs(self) -> Iterator[tuple[int, int, Segments, Policy, Choice]]:
-        """Runs of like segments: first layer, number of layers, segment, policy, each one's cost."""
+        """Runs of like segments: first layer, layers, segment, policy, what each segment costs."""
         rows = zip(self.segments, self.mix.choices, strict=True)
         first = 0
         for (part, choice), like in itertools.groupby(rows):
@@ -187,11 +187,11 @@ class Plan:
             })  # fmt: skip
         return pd.DataFrame(rows)
 
-    def within(self, **limits: int | None) -> Plan:
+    def within(self, **limits: Any) -> Plan:
         """The plan made anew in the same way under other budgets; those not named stay.
 
         Args:
-            limits: `budget`, `peak_budget`, `host_budget`.
+            limits: `budget`, `peak_budget`, `host_budget`, in bytes or None.
 
         Raises:
             BudgetError: if no plan is within them.

@@ -61,8 +61,8 @@ def explain(plan: Plan) -> str:
     again = replays(plan.segments)
     if again:
         lines.append(
-            f"{len(plan.segments)} of {plan.num_layers} layers keep x; backward runs {again} layers "
-            "again to rebuild the others'."
+            f"{len(plan.segments)} of {plan.num_layers} layers keep x; backward runs {again} "
+            "layers again to rebuild the others'."
         )
     if plan.host_bytes:
         waits = plan.seconds - sum(choice.seconds for choice in plan.mix.choices)
