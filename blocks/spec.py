@@ -221,9 +221,13 @@ class BlockSpec:
         `dataclasses.replace` would carry the derived values (`head_dim`, `rotary_dim`,
         `attention_scale`, ...) over as if they had been given.
         """
+        return BlockSpec(**{**self.given, **changes})
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields from which the others were derived: `BlockSpec(**given)` is the same spec."""
         derived: frozenset[str] = getattr(self, "_derived", frozenset()) - {"hidden_act"}
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in derived}
-        return BlockSpec(**{**given, **changes})
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in derived}
 
     @classmethod
     def from_config(cls, config: Any, layer_idx: int = 0) -> BlockSpec:

@@ -184,6 +184,11 @@ class BlockStack(nn.Module):
         self._assign(*self._parse(policy, segments, len(self.layers)))
 
     @property
+    def policies(self) -> list[Policy]:
+        """One a layer, the first layer first."""
+        return [block.policy for block in self._blocks()]
+
+    @property
     def segments(self) -> list[Segments]:
         """The segments, from the first layer to the last."""
         return list(self._segments)

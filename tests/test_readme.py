@@ -81,6 +81,8 @@ def test_policy_code_runs():
     code = next(block for block in CODE if "Policy.parse" in block)
     names = {"spec": BlockSpec(8, 16, 2), "torch": torch}
     names |= {"Policy": Policy, "BlockStack": BlockStack, "kept_bytes": kept_bytes}
+    names |= {"apply": backfuse.apply, "plan": backfuse.plan}
+    names["stack"] = BlockStack(names["spec"], 32)
     exec(code, names)
 
 

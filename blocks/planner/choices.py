@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,8 +13,12 @@ from backfuse.blocks.costs import BESIDE, BlockCosts, block_costs
 from backfuse.blocks.devices import Device
 from backfuse.blocks.devices import device as device_named
 from backfuse.blocks.errors import nearest
-from backfuse.blocks.policy import ACTIVATION_NAMES, FP8_NAMES, KEEP, Policy
+from backfuse.blocks.memory import kept_bytes, wanted_set
+from backfuse.blocks.policy import ACTIVATION_NAMES, FP8_NAMES, KEEP, NAMED_POLICIES, Policy
 from backfuse.blocks.spec import BlockSpec
+from backfuse.blocks.stack import Segments, layers_in
+
+from .schedules import inputs_held, replays
 
 #: Actions beside `keep` that a plan may use; `fp8` changes gradients.
 ALLOWED = ("recompute", "offload", "fp8")
@@ -73,6 +78,79 @@ def _transient(costs: BlockCosts, policy: Policy, full: dict[str, int]) -> int:
     return sum(rebuilt) + 2 * costs.host_bytes
 
 
+def layer_choice(
+    spec: BlockSpec,
+    policy: Policy,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: torch.dtype = torch.bfloat16,
+    device: Device | str,
+    requires_grad: bool | Collection[str] = True,
+) -> Choice:
+    """One policy of one layer, and what it costs; arguments and errors as `layer_choices`."""
+    costs = block_costs(
+        spec, policy, batch_size=batch_size, seq_len=seq_len, dtype=dtype, device=device,
+        requires_grad=requires_grad,
+    )  # fmt: skip
+    full = kept_bytes(
+        spec, KEEP, batch_size=batch_size, seq_len=seq_len, dtype=dtype,
+        requires_grad=requires_grad,
+    )  # fmt: skip
+    return Choice(
+        policy,
+        costs.kept_bytes,
+        costs.host_bytes,
+        _transient(costs, policy, full),
+        costs.forward,
+        costs.backward + costs.recompute,
+        costs.link,
+    )
+
+
+def segment_choice(spec: BlockSpec, part: Segments, **sizes: Any) -> Choice:
+    """A segment of layers that keep nothing but the first one's `x`, as if it were one layer.
+
+    Its transient holds the inputs that are rebuilt, its backward the layers that run again for
+    them.
+
+    Args:
+        spec: the blocks.
+        part: the segment.
+        sizes: the other arguments of `layer_choice`.
+    """
+    policy = NAMED_POLICIES["full"]
+    alone = layer_choice(spec, policy, **sizes)
+    layers = layers_in(part)
+    if layers == 1:
+        return alone
+    others = layer_choice(spec, policy.with_x("recompute"), **sizes)
+    # a segment keeps its input even where no block reads its own: others are rebuilt from it
+    wanted = wanted_set(spec, sizes.get("requires_grad", True))
+    tokens = sizes["batch_size"] * sizes["seq_len"]
+    itemsize = sizes.get("dtype", torch.bfloat16).itemsize
+    x = tokens * spec.hidden_size * itemsize if wanted else 0
+    return Choice(
+        policy,
+        layers * others.kept + x,
+        0,
+        alone.transient + (inputs_held([part]) - 1) * x,
+        layers * alone.forward,
+        layers * alone.backward + (replays([part]) * alone.forward if wanted else 0.0),
+        0.0,
+    )
+
+
+def check_allow(allow: Collection[str]) -> None:
+    """Raise a ValueError for actions that a plan cannot use."""
+    for action in allow:
+        if action not in ALLOWED:
+            raise ValueError(
+                f"allow names {action!r}, expected actions among {', '.join(ALLOWED)}"
+                + nearest(action, ALLOWED)
+            )
+
+
 def layer_choices(
     spec: BlockSpec,
     *,
@@ -98,33 +176,15 @@ def layer_choices(
         TypeError: for a spec, a dtype or names that are none.
         ValueError: for sizes, names, devices, dtypes or actions that do not exist or fit.
     """
-    for action in allow:
-        if action not in ALLOWED:
-            raise ValueError(
-                f"allow names {action!r}, expected actions among {', '.join(ALLOWED)}"
-                + nearest(action, ALLOWED)
-            )
+    check_allow(allow)
     where = device if isinstance(device, Device) else device_named(device)
-    full: dict[str, int] = {}
-    found: list[Choice] = []
-    for policy in _policies(allow):
-        costs = block_costs(
+    found = [
+        layer_choice(
             spec, policy, batch_size=batch_size, seq_len=seq_len, dtype=dtype, device=where,
             requires_grad=requires_grad,
-        )  # fmt: skip
-        full = full or costs.kept  # the first policy keeps everything
-        transient = _transient(costs, policy, full)
-        found.append(
-            Choice(
-                policy,
-                costs.kept_bytes,
-                costs.host_bytes,
-                transient,
-                costs.forward,
-                costs.backward + costs.recompute,
-                costs.link,
-            )  # fmt: skip
         )
+        for policy in _policies(allow)
+    ]  # fmt: skip
     assert found[0].policy == KEEP
     return (found[0], *_undominated(found)[1:])
 

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize
 
 from backfuse.blocks.policy import Policy
 
@@ -50,9 +49,11 @@ class BudgetError(ValueError):
         least: the smallest budget that a plan is within, in bytes.
     """
 
-    def __init__(self, name: str, budget: int, least: int) -> None:
+    def __init__(
+        self, name: str, budget: int, least: int, what: str = "no mix of policies"
+    ) -> None:
         super().__init__(
-            f"{name} is {budget:,} bytes, expected at least {least:,}: no plan gets by with less"
+            f"{name} is {budget:,} bytes, expected at least {least:,}: {what} gets by with less"
         )
         self.least = least
 
@@ -193,6 +194,8 @@ def _solve(
         relaxed: see `optimal`.
         least: minimise this budget instead of the time.
     """
+    from scipy import optimize  # half a second, which only those who plan should wait for
+
     order = sorted(range(len(choices)), key=lambda i: -choices[i].transient)
     size, layer = len(choices), choices[0].seconds
     unit = math.gcd(*(c.kept for c in choices), *(c.transient for c in choices)) or 1

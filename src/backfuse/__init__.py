@@ -5,6 +5,7 @@ from backfuse.blocks.flash_attention import flash_attention
 from backfuse.blocks.flops import Flops, block_flops
 from backfuse.blocks.function import attention, ffn
 from backfuse.blocks.memory import host_bytes, kept_bytes
+from backfuse.blocks.planner.plan import Plan, apply, plan
 from backfuse.blocks.policy import NAMED_POLICIES, Policy
 from backfuse.blocks.spec import BlockSpec
 from backfuse.blocks.stack import BlockStack
@@ -17,14 +18,17 @@ __all__ = [
     "BlockSpec",
     "BlockStack",
     "Flops",
+    "Plan",
     "Policy",
     "TransformerBlock",
     "__version__",
+    "apply",
     "attention",
     "block_flops",
     "ffn",
     "flash_attention",
     "host_bytes",
     "kept_bytes",
+    "plan",
     "rope_cos_sin",
 ]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from backfuse import __version__, cli_bench
+from backfuse import __version__, cli_bench, cli_plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"backfuse {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
+    cli_plan.add(commands)
     cli_bench.add(commands)
     _add_doctor(commands)
     _add_tune(commands)
