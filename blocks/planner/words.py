@@ -43,6 +43,10 @@ def summary(plan: Plan) -> str:
     )
 
 
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
+
+
 def explain(plan: Plan) -> str:
     """See `Plan.explain`."""
     lines = [summary(plan)]
@@ -56,7 +60,8 @@ def explain(plan: Plan) -> str:
         }[action]
         frees = format_bytes(cost.bytes / 2 if action == "fp8" else cost.bytes)
         lines.append(
-            f"{name} is {DONE[action]} in {layers} layers: that frees {frees} a layer for {price}."
+            f"{name} is {DONE[action]} in {_layers(layers)}: that frees {frees} a layer for "
+            f"{price}."
         )
     again = replays(plan.segments)
     if again:
@@ -85,7 +90,7 @@ def _next(plan: Plan) -> str:
         return "Nothing is left to give up: nothing is kept."
     now, then = _given_up(plan), _given_up(other)
     changes = [
-        f"{name} {DONE[action]} in {then[name, action]} layers instead of {now[name, action]}"
+        f"{name} {DONE[action]} in {_layers(then[name, action])} instead of {now[name, action]}"
         for name, action in sorted(now.keys() | then.keys())
         if now[name, action] != then[name, action]
     ]
