@@ -93,8 +93,9 @@ def kept_bytes(
         ValueError: for sizes, policies or names that do not exist.
     """
     everything, away = _everything(
-        spec, policy, batch_size, seq_len, dtype, autocast_dtype, requires_grad, training
-    )
+        spec, policy, batch_size=batch_size, seq_len=seq_len, dtype=dtype,
+        autocast_dtype=autocast_dtype, requires_grad=requires_grad, training=training,
+    )  # fmt: skip
     return {name: size for name, size in everything.items() if name not in away}
 
 
@@ -107,22 +108,20 @@ def host_bytes(spec: BlockSpec, policy: PolicyLike, **sizes: Any) -> dict[str, i
 
     Arguments, result and errors as `kept_bytes`.
     """
-    defaults = {
-        "dtype": torch.float32, "autocast_dtype": None, "requires_grad": True, "training": True
-    }  # fmt: skip
-    everything, away = _everything(spec, policy, **{**defaults, **sizes})
+    everything, away = _everything(spec, policy, **sizes)
     return {name: size for name, size in everything.items() if name in away}
 
 
 def _everything(
     spec: BlockSpec,
     policy: PolicyLike,
+    *,
     batch_size: int,
     seq_len: int,
-    dtype: torch.dtype,
-    autocast_dtype: torch.dtype | None,
-    requires_grad: bool | Collection[str],
-    training: bool,
+    dtype: torch.dtype = torch.float32,
+    autocast_dtype: torch.dtype | None = None,
+    requires_grad: bool | Collection[str] = True,
+    training: bool = True,
 ) -> tuple[dict[str, int], frozenset[str]]:
     """Bytes of everything that is kept, and the names of what is kept elsewhere."""
     check_spec(spec)

@@ -67,7 +67,7 @@ def _row_lse(lse, rows, mask):
 
 @triton.jit
 def _dkdv_step(
-    dk, dv, k_tile, v_tile, q, dout, lse, delta, first, queries, keys, shift, row, col, offs_n,
+    dk, dv, k_tile, v_tile, q, dout, lse, delta, first, queries, shift, row, col, offs_n,
     head, batch,
     stride_qt, stride_qh, stride_dt, stride_dh, stride_lb, stride_lh, stride_lt,
     stride_eb, stride_eh, stride_et,
@@ -166,8 +166,8 @@ def attention_dkdv_kernel(
                 head = kv_head * group + step // whole
                 row = lo + step % whole * BLOCK_M
                 acc_dk, acc_dv = _dkdv_step(
-                    acc_dk, acc_dv, k_tile, v_tile, q, dout, lse, delta, first, queries, keys,
-                    shift, row, col, offs_n, head, batch,
+                    acc_dk, acc_dv, k_tile, v_tile, q, dout, lse, delta, first, queries, shift,
+                    row, col, offs_n, head, batch,
                     stride_qt, stride_qh, stride_dt, stride_dh,
                     stride_lb, stride_lh, stride_lt, stride_eb, stride_eh, stride_et,
                     scale, softcap, window, seed, sequence * heads + head, threshold, keep_scale,
@@ -178,8 +178,8 @@ def attention_dkdv_kernel(
             for step in range(0, group * (blocks - whole)):
                 head, row = kv_head * group + step, lo + whole * BLOCK_M
                 acc_dk, acc_dv = _dkdv_step(
-                    acc_dk, acc_dv, k_tile, v_tile, q, dout, lse, delta, first, queries, keys,
-                    shift, row, col, offs_n, head, batch,
+                    acc_dk, acc_dv, k_tile, v_tile, q, dout, lse, delta, first, queries, shift,
+                    row, col, offs_n, head, batch,
                     stride_qt, stride_qh, stride_dt, stride_dh,
                     stride_lb, stride_lh, stride_lt, stride_eb, stride_eh, stride_et,
                     scale, softcap, window, seed, sequence * heads + head, threshold, keep_scale,

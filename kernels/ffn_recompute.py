@@ -41,7 +41,6 @@ from .launch import (
     Plan,
     cdiv,
     check_matrix,
-    describable,
     layout,
     layouts,
     on_device,
@@ -115,16 +114,6 @@ def ffn_recompute_kernel(
         )  # fmt: skip
 
 
-def _alike(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> bool:
-    """Whether both halves of the fused kernel are loaded in the same way.
-
-    Else gate and up would be loaded as dy and down can be, in other tiles than in the forward pass,
-    and the sums would have other bits.
-    """
-    first, second = (all(describable(layout(x)) for x in part) for part in (ups, downs))
-    return first == second
-
-
 @planned
 def _plan(
     x: Layout,
@@ -137,7 +126,9 @@ def _plan(
     gated: bool,
     need_hidden: bool,
     config: Config | None,
-) -> Plan:
+) -> Plan | None:
+    """None where only one side can be loaded through descriptors: gate and up would then be rebuilt
+    in other tiles than the forward pass has, and their sums would have other bits."""
     ups, downs = UpLayouts(x, weights, biases, gated), DownLayouts(dy, down)
     M, N, K = ups.sizes
     width = N * (2 if gated else 1)
@@ -146,6 +137,8 @@ def _plan(
     check_matrix("down", down, (K, N), x)
     check_dpreact(dpreact, (M, width), x)
     aligned = ups.aligned and downs.aligned
+    if config is None and ups.aligned != downs.aligned:
+        return None
     if config is None:
         config = config_for("ffn_recompute", x, N, gated, aligned=aligned)
     desc = uses_descriptors(x) and aligned
@@ -177,7 +170,8 @@ def ffn_recompute_dact(
     """`ffn_dact` of a pre-activation that was not kept. As `reference.ffn.ffn_recompute_dact`.
 
     Args:
-        strategy: `"split"`, `"fused"`, or `"auto"`: what was measured on this device, else split.
+        strategy: `"split"`, `"fused"` (split where only one side of that kernel is aligned), or
+            `"auto"`: what was measured on this device, else split.
         config: tile sizes of the fused kernel; None for the table's.
 
     Raises:
@@ -186,22 +180,22 @@ def ffn_recompute_dact(
     """
     if strategy == "auto":
         strategy = strategy_for(x, down.shape[1], gated)
-    if strategy == "fused" and config is None and not _alike((x, *weights), (dy, down)):
-        strategy = "split"
-    if strategy == "split":
-        ffn_up(x, weights, biases, kind, gated, preact=dpreact, need_hidden=False)
-        return ffn_dact(
-            dy, down, dpreact, kind, gated, dpreact, need_hidden=need_hidden, need_dbias=need_dbias
-        )
-    if strategy != "fused":
+    if strategy not in ("split", "fused"):
         raise ValueError(f"strategy is {strategy!r}, expected 'auto', 'split' or 'fused'")
     x, weights = readable(x), [readable(weight) for weight in weights]
     biases = [None if bias is None else bias.contiguous() for bias in biases]
     dy, down = readable(dy), readable(down)
-    plan = _plan(
-        layout(x), layouts(*weights), layouts(*biases), *layouts(dy, down, dpreact),
-        kind, gated, need_hidden, config,
-    )  # fmt: skip
+    plan = None
+    if strategy == "fused":
+        plan = _plan(
+            layout(x), layouts(*weights), layouts(*biases), *layouts(dy, down, dpreact),
+            kind, gated, need_hidden, config,
+        )  # fmt: skip
+    if plan is None:
+        ffn_up(x, weights, biases, kind, gated, preact=dpreact, need_hidden=False)
+        return ffn_dact(
+            dy, down, dpreact, kind, gated, dpreact, need_hidden=need_hidden, need_dbias=need_dbias
+        )
     M, N, *_ = plan.numbers
     hidden = x.new_empty(M, N) if need_hidden else None
     x_block, gate_block, up_block, dy_block, down_block = plan.blocks

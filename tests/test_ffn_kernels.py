@@ -12,6 +12,7 @@ from families import assert_as_good_as
 from test_activation import PLAIN
 from torch.nn import functional as F
 
+from backfuse.kernels import ffn_up as ffn_up_module
 from backfuse.kernels import fused, reference
 from backfuse.kernels.activation import KINDS
 from backfuse.kernels.configs import (
@@ -22,6 +23,7 @@ from backfuse.kernels.configs import (
     architecture,
     fits,
     shared_bytes,
+    uses_descriptors,
 )
 from backfuse.kernels.reference.activation import ACTIVATIONS
 from backfuse.kernels.reference.fp8 import dequantize, quantize
@@ -341,3 +343,25 @@ def test_more_than_two_billion_elements():
     fused.ffn_dact(dy, down, preact, "silu", True, preact, need_hidden=False)
     fused.ffn_dact(dy[-512:].contiguous(), down, last, "silu", True, last, need_hidden=False)
     assert torch.equal(preact[-512:], last)
+
+
+def test_a_plan_is_of_a_place_in_memory(monkeypatch):
+    """The same sizes and strides, a few bytes further on: a descriptor cannot begin there."""
+    loaded = []
+    kernel = ffn_up_module.ffn_up_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*args, **flags):
+                loaded.append(flags["DESC"])
+                return kernel[grid](*args, **flags)
+
+            return launch
+
+    monkeypatch.setattr(ffn_up_module, "ffn_up_kernel", Spy())
+    weights = [torch.randn(32, 16, device=DEVICE).to(torch.float16) for _ in range(2)]
+    memory = torch.randn(8 * 16 + 8, device=DEVICE).to(torch.float16)
+    for start in (0, 1, 8, 0):
+        x = memory[start : start + 8 * 16].view(8, 16)
+        fused.ffn_up(x, weights, [None, None], "silu", True)
+    assert loaded == [uses_descriptors(x), False, uses_descriptors(x), uses_descriptors(x)]
