@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -26,10 +26,10 @@ from .attention import AttentionHalf
 from .call import Call, Inputs, WeightGrads, cast_weights
 from .ffn import FFNHalf
 from .inputs import check_weights, prepare
-from .keep import INPUT, Needs, attention_reads, ffn_reads, half_needs, offloaded
+from .keep import INPUT, Needs, half_needs, half_reads, offloaded
 from .offload import line
 from .policy import KEEP, Policy, PolicyLike
-from .replay import effective_policies
+from .replay import effective_policies, operators_matter
 from .run import Gradients, Kept, wanted_names
 from .spec import BlockSpec, check_spec
 
@@ -67,6 +67,16 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     return _AS_IT_IS
 
 
+def refuse_second_derivative() -> None:
+    """Raise a ValueError in a backward pass that is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "create_graph is True, expected False: a backfuse block differentiates by hand "
+            "and cannot be differentiated twice. For a second derivative run the layer as "
+            "plain PyTorch under torch.utils.checkpoint(..., use_reentrant=False)."
+        )
+
+
 class _Owner:
     """Owns a parcel in place of a saved tensor."""
 
@@ -98,12 +108,7 @@ class RecomputeFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         """Rebuild what was dropped, and differentiate by hand."""
-        if torch.is_grad_enabled():
-            raise ValueError(
-                "create_graph is True, expected False: a backfuse block differentiates by hand "
-                "and cannot be differentiated twice. For a second derivative run the layer as "
-                "plain PyTorch under torch.utils.checkpoint(..., use_reentrant=False)."
-            )
+        refuse_second_derivative()
         job, count = ctx.job, len(Inputs._fields)
         saved = ctx.saved_tensors
         split = len(saved) - 1 - len(ctx.names)
@@ -126,7 +131,12 @@ def run_job(job: Job, inputs: Inputs, hidden_states: Tensor, weights: Sequence[T
     x = hidden_states.flatten(0, 1)
     if x.stride(-1) != 1:  # kernels read whole rows
         x = x.contiguous()
-    z = RecomputeFunction.apply(job, inputs, x, *weights)
+    if operators_matter():
+        from .ops import call_op  # which knows the jobs of this file
+
+        z = call_op(job, inputs, x, weights)
+    else:
+        z = RecomputeFunction.apply(job, inputs, x, *weights)
     return z.view(hidden_states.shape)
 
 
@@ -139,8 +149,6 @@ class HalfJob:
         half: `"attn"` or `"ffn"`.
         names: of the half's parameters, in the order of its weights.
         wanted: the names that want a gradient, `INPUT` for the half's input.
-        needs: what the backward pass has to give.
-        keep: names of what the forward pass keeps.
         policy: what it keeps, and where.
     """
 
@@ -148,9 +156,17 @@ class HalfJob:
     half: str
     names: tuple[str, ...]
     wanted: frozenset[str]
-    needs: Needs
-    keep: frozenset[str]
     policy: Policy
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What the backward pass has to give."""
+        return half_needs(self.call.spec, self.half, self.wanted, INPUT in self.wanted)
+
+    @cached_property
+    def keep(self) -> frozenset[str]:
+        """Names of what the forward pass keeps."""
+        return half_reads(self.call.spec, self.half, self.policy, self.needs).kept
 
     @property
     def label(self) -> str:
@@ -187,19 +203,6 @@ class HalfJob:
         return dx, grads.take(self.names, weights)
 
 
-@lru_cache(maxsize=4096)
-def _half_job(
-    call: Call, half: str, names: tuple[str, ...], wanted: frozenset[str], policy: Policy
-) -> HalfJob:
-    """The job, the same one for the same question."""
-    needs = half_needs(call.spec, half, wanted, INPUT in wanted)
-    if half == "ffn":
-        reads = ffn_reads(call.spec, policy, needs)
-    else:
-        reads = attention_reads(call.spec, policy, needs, read_mid=False)
-    return HalfJob(call, half, names, wanted, needs, reads.kept, policy)
-
-
 def _half(
     half: str,
     shapes: Mapping[str, tuple[int, ...]],
@@ -217,7 +220,7 @@ def _half(
     weights = check_weights(weights, shapes, hidden_states, call)
     [parsed] = effective_policies([parsed]) or [KEEP]
     wanted = wanted_names(hidden_states, weights)
-    job = _half_job(call, half, tuple(weights), wanted, parsed)
+    job = HalfJob(call, half, tuple(weights), wanted, parsed)
     return run_job(job, inputs, hidden_states, list(weights.values()))
 
 

@@ -12,19 +12,33 @@ import sys
 import warnings
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from .policy import KEEP, Policy
 
+#: What a selective checkpoint runs its region under, first and in the replay.
+_SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+
 _warned = False
+
+
+def operators_matter() -> bool:
+    """Whether somebody looks at operators: torch.compile, or a selective checkpoint."""
+    return torch.compiler.is_compiling() or (
+        torch._C._len_torch_dispatch_stack() > 0
+        and any(isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack())
+    )
 
 
 def inside_checkpoint() -> bool:
     """Whether an outer checkpoint will replay, or is replaying, the code that runs now.
 
     A non-reentrant checkpoint is seen by its saved-tensor hooks, in both runs. A reentrant one
-    runs first without gradients, where nothing is kept, and replays within a backward pass.
+    runs first without gradients, where nothing is kept, and replays within a backward pass. Where
+    operators matter, it is for whoever looks at them to say which are saved.
     """
-    if not torch.is_grad_enabled():
+    if operators_matter() or not torch.is_grad_enabled():
         return False
     if torch._C._current_graph_task_id() != -1:
         return True

@@ -9,6 +9,7 @@ and so have the parameters: a Hugging Face layer's `state_dict` loads as it is.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -209,6 +210,8 @@ class BlockSpec:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.stacked_gate_up and not self.gated:
             raise ValueError("stacked_gate_up is True, expected False for an FFN without a gate")
+        for name in ("text", "_attention_parameters", "_ffn_parameters"):
+            getattr(self, name)  # torch.compile cannot trace the lock of a cached property
 
     def _resolve(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -228,6 +231,11 @@ class BlockSpec:
         """The fields from which the others were derived: `BlockSpec(**given)` is the same spec."""
         derived: frozenset[str] = getattr(self, "_derived", frozenset()) - {"hidden_act"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in derived}
+
+    @cached_property
+    def text(self) -> str:
+        """The spec in JSON: `BlockSpec(**json.loads(text))` is the same one."""
+        return json.dumps(self.given)
 
     @classmethod
     def from_config(cls, config: Any, layer_idx: int = 0) -> BlockSpec:
