@@ -218,7 +218,8 @@ def _half(
         spec, hidden_states, attention=half == "attn", lossy=parsed.lossy, **options
     )
     weights = check_weights(weights, shapes, hidden_states, call)
-    [parsed] = effective_policies([parsed]) or [KEEP]
+    kind = "attention" if half == "attn" else "ffn"
+    [parsed] = effective_policies([parsed], kind=kind) or [KEEP]
     wanted = wanted_names(hidden_states, weights)
     job = HalfJob(call, half, tuple(weights), wanted, parsed)
     return run_job(job, inputs, hidden_states, list(weights.values()))

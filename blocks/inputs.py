@@ -282,6 +282,15 @@ def _with_core(call: Call, core: Operations | Core) -> Call:
     return replace(call, core=core)
 
 
+def draw_seed(like: Tensor, layers: int) -> Tensor:
+    """Seeds for dropout, int64 `[layers]`, on the device of `like`.
+
+    Drawn from PyTorch's generator: torch.manual_seed and an outer checkpoint's RNG state govern
+    it, and a CUDA graph draws anew at each replay.
+    """
+    return torch.randint(2**63 - 1, (layers,), device=like.device, dtype=torch.int64)
+
+
 def with_attention(call: Call, inputs: Inputs, device: torch.device) -> Call:
     """The call with the attention that its `impl` chooses for these inputs."""
     request = call.attention_request(inputs, device)
@@ -351,9 +360,8 @@ def prepare(
     dropout = training and (spec.residual_dropout > 0 or (attention and spec.attention_dropout > 0))
     seed = None
     if dropout:
-        # Drawn from PyTorch's generator: torch.manual_seed and an outer checkpoint's RNG state
-        # govern it, and a CUDA graph draws anew at each replay.
-        seed = torch.randint(2**63 - 1, (layers,), device=x.device, dtype=torch.int64)
+        traced = torch.compiler.is_compiling()
+        seed = torch.ops.backfuse.draw_seed(x, layers) if traced else draw_seed(x, layers)
     inputs = Inputs(cos, sin, attention_mask, cu_seqlens, seed)
     autocast_dtype = _autocast_dtype(x)
     if torch.compiler.is_compiling():  # sizes may be symbols, by which nothing can be chosen

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.flop_counter import register_flop_formula
 
 from .call import Inputs
 from .function import Job, no_autocast, refuse_second_derivative
-from .inputs import check_cu_seqlens
+from .inputs import check_cu_seqlens, draw_seed
+from .op_flops import backward_flops, forward_flops
 from .told import KINDS, Told, kind_of, read, write
 
 _SIDE = (
@@ -46,7 +48,9 @@ def _forward(x: Tensor, weights: list[Tensor], *side: Any) -> list[Tensor]:
     if inputs.cu_seqlens is not None:
         check_cu_seqlens(inputs.cu_seqlens, max_seqlen, x.view(batch_size, -1, x.shape[-1]))
     with no_autocast(x):
-        z, kept = told.job(x, inputs, batch_size, max_seqlen).forward(x, weights, inputs)
+        z, kept = told.job(x, inputs, batch_size, max_seqlen).forward(
+            x, weights[: len(told.wanted)], inputs  # an anchor may stand behind them
+        )
     return [z, *[kept[name].contiguous() for name in told.keeps]]
 
 
@@ -99,12 +103,35 @@ def _never_again() -> Iterator[None]:
         yield
         return
     meta = traceback.get_current_meta()
-    before = meta.get("recompute")
+    before = dict(meta)
     meta["recompute"] = CheckpointPolicy.MUST_SAVE
     try:
         yield
     finally:
-        meta["recompute"] = before
+        meta.clear()
+        meta.update(before)
+
+
+def _anchor(x: Tensor) -> list[Tensor]:
+    """A reason for the partitioner to look for what to save, where a memory budget is set.
+
+    Under a budget it saves, of a graph in which it may compute everything else again, each marked
+    operator itself, not its outputs, which fails. A small result of a large tensor is what it may
+    not compute again and does not count as marked.
+
+    Raises:
+        ValueError: for a budget of 0, under which no mark counts.
+    """
+    budget = torch._functorch.config.activation_memory_budget
+    if not traceback.has_preserved_node_meta() or budget == 1:
+        return []
+    if budget == 0:
+        raise ValueError(
+            "torch._functorch.config.activation_memory_budget is 0, expected more: at 0 everything "
+            "is computed again, what a block recomputes even twice. Blocks keep what their policies "
+            "say under any other budget; policy='full' keeps least"
+        )
+    return [torch.ops.backfuse.anchor(x)]
 
 
 class OpFunction(torch.autograd.Function):
@@ -116,8 +143,10 @@ class OpFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """The operator's outputs; all but the first have no gradient."""
         told = read(side[-1])
-        with torch._C._AutoDispatchBelowAutograd(), _never_again():
-            z, *kept = _op(told.kind, "forward")(x, list(weights), *inputs, *side)
+        with torch._C._AutoDispatchBelowAutograd():
+            anchored = [*weights, *_anchor(x)]
+            with _never_again():
+                z, *kept = _op(told.kind, "forward")(x, anchored, *inputs, *side)
         ctx.told, ctx.side = told, side
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*kept)
@@ -147,20 +176,28 @@ def _autograd(x: Tensor, weights: list[Tensor], *side: Any) -> list[Tensor]:
 
 def _draw_seed(like: Tensor, layers: int) -> Tensor:
     with _never_again():
-        return torch.randint(2**63 - 1, (layers,), device=like.device, dtype=torch.int64)
+        return draw_seed(like, layers)
+
+
+def _anchor_kernel(x: Tensor) -> Tensor:
+    return x.new_zeros(())
 
 
 def _register() -> None:
     for kind in KINDS:
         for direction, schema in _SCHEMAS.items():
             _library.define(f"{kind}_{direction}{schema}", tags=_TAGS)
-        for name, kernel, fake in (
-            (f"{kind}_forward", _forward, _forward_fake),
-            (f"{kind}_backward", _backward, _backward_fake),
+        for name, kernel, fake, flops in (
+            (f"{kind}_forward", _forward, _forward_fake, forward_flops),
+            (f"{kind}_backward", _backward, _backward_fake, backward_flops),
         ):
             _library.impl(name, kernel, "CompositeExplicitAutograd")
             torch.library.register_fake(f"backfuse::{name}", fake, lib=_library)
+            register_flop_formula(getattr(torch.ops.backfuse, name))(flops)
         _library.impl(f"{kind}_forward", _autograd, "Autograd")
+    _library.define("anchor(Tensor x) -> Tensor", tags=_TAGS)
+    _library.impl("anchor", _anchor_kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake("backfuse::anchor", _anchor_kernel, lib=_library)
     # A composite: what a graph holds is PyTorch's own random operator, which none takes for pure.
     _library.define("draw_seed(Tensor like, SymInt layers) -> Tensor", tags=_TAGS[:1])
     _library.impl("draw_seed", _draw_seed, "CompositeImplicitAutograd")

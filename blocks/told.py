@@ -211,7 +211,14 @@ def read(text: str) -> Told:
     layers = []
     for actions, flags in told["layers"]:
         wanted = [name for name, flag in zip((INPUT, *names), flags, strict=True) if flag == "1"]
-        layers.append(Layer(Policy.parse(actions), names, frozenset(wanted)))
+        policy = Policy.parse(actions)
+        if policy.offloads:
+            raise ValueError(
+                f"policy is {policy}, expected one that offloads nothing: under torch.compile, and "
+                "in a selective checkpoint, what a block keeps is an operator's output, whose place "
+                "is the device. Run offloading blocks outside of both"
+            )
+        layers.append(Layer(policy, names, frozenset(wanted)))
     autocast = told["autocast"] and getattr(torch, told["autocast"])
     return Told(
         told["kind"], spec, tuple(layers), _tree(told["tree"]), told["label"], autocast,

@@ -5,6 +5,7 @@ from backfuse.blocks.flash_attention import flash_attention
 from backfuse.blocks.flops import Flops, block_flops
 from backfuse.blocks.function import attention, ffn
 from backfuse.blocks.memory import host_bytes, kept_bytes
+from backfuse.blocks.ops import SAVE_OPS
 from backfuse.blocks.planner.plan import Plan, apply, plan
 from backfuse.blocks.policy import NAMED_POLICIES, Policy
 from backfuse.blocks.spec import BlockSpec
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NAMED_POLICIES",
+    "SAVE_OPS",
     "BlockSpec",
     "BlockStack",
     "Flops",
