@@ -45,8 +45,12 @@ class Job(Protocol):
     def label(self) -> str:
         """Whose it is, for messages."""
 
+    @property
+    def offloads(self) -> bool:
+        """Whether anything may go elsewhere than to the device's memory."""
+
     def away(self, kept: Kept) -> list[str]:
-        """Names of those kept tensors that go elsewhere than to the device's memory."""
+        """Names of those kept tensors that do."""
 
     def forward(self, x: Tensor, weights: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, Kept]:
         """The output `[tokens, h]`, and what is kept."""
@@ -77,6 +81,16 @@ def refuse_second_derivative() -> None:
         )
 
 
+def _refuse_offload_in_capture() -> None:
+    """Raise a ValueError while a CUDA graph is captured, whose replays know no other memory."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "a policy offloads while a CUDA graph is captured, expected one that keeps or "
+            "recomputes: each step puts what it offloads elsewhere, and a graph replays the "
+            "addresses of one"
+        )
+
+
 class _Owner:
     """Owns a parcel in place of a saved tensor."""
 
@@ -92,6 +106,8 @@ class RecomputeFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: Job, inputs: Inputs, x: Tensor, *weights: Tensor) -> Tensor:
         """`x` is `[tokens, h]`, and so is the result."""
+        if job.offloads:
+            _refuse_offload_in_capture()
         with no_autocast(x):
             z, kept = job.forward(x, weights, inputs)
         ctx.parcel = token = None
@@ -172,6 +188,11 @@ class HalfJob:
     def label(self) -> str:
         """For messages."""
         return "the attention half" if self.half == "attn" else "the FFN half"
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything may go elsewhere than to the device's memory."""
+        return self.policy.offloads
 
     def away(self, kept: Kept) -> list[str]:
         """Names of those kept tensors that go elsewhere."""

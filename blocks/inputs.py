@@ -19,6 +19,7 @@ from backfuse.kernels.dispatch import (
     attention_core,
     operations,
 )
+from backfuse.kernels.reference.dropout import draw_seed
 
 from .call import CHUNK_SIZE, LATER, Call, Inputs
 from .errors import nearest
@@ -200,7 +201,7 @@ def _position_embeddings(
         return None, None
     batch, seq_len = x.shape[:2]
     if given is None:
-        if spec.rope_theta is None:
+        if "rope_theta" not in spec.there:
             raise ValueError(
                 "position_embeddings is None, expected (cos, sin): this spec has no rope_theta to "
                 "compute them from"
@@ -282,15 +283,6 @@ def _with_core(call: Call, core: Operations | Core) -> Call:
     return replace(call, core=core)
 
 
-def draw_seed(like: Tensor, layers: int) -> Tensor:
-    """Seeds for dropout, int64 `[layers]`, on the device of `like`.
-
-    Drawn from PyTorch's generator: torch.manual_seed and an outer checkpoint's RNG state govern
-    it, and a CUDA graph draws anew at each replay.
-    """
-    return torch.randint(2**63 - 1, (layers,), device=like.device, dtype=torch.int64)
-
-
 def with_attention(call: Call, inputs: Inputs, device: torch.device) -> Call:
     """The call with the attention that its `impl` chooses for these inputs."""
     request = call.attention_request(inputs, device)
@@ -357,7 +349,8 @@ def prepare(
         if attention_mask is not None:
             attention_mask = _check_mask(attention_mask, spec, x)
         cos, sin = _position_embeddings(position_embeddings, spec, x)
-    dropout = training and (spec.residual_dropout > 0 or (attention and spec.attention_dropout > 0))
+    kinds = {"residual_dropout", "attention_dropout"} if attention else {"residual_dropout"}
+    dropout = training and not spec.there.isdisjoint(kinds)
     seed = None
     if dropout:
         traced = torch.compiler.is_compiling()

@@ -50,9 +50,7 @@ def _matmuls(told: Told, layer: Layer, shape: Sequence[int], masked: bool) -> li
         batch_size * score_flops(seq_len, None, width, mask, library, masked)
         for width in (spec.q_size, spec.attn_out_size)
     )
-    found = block_matmuls(
-        spec, layer.policy, layer.wanted, batch_size * seq_len, scores, weighted
-    )
+    found = block_matmuls(spec, layer.policy, layer.wanted, batch_size * seq_len, scores, weighted)
     if told.kind == "block":
         return found
     half = HALVES[told.kind]

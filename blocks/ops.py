@@ -23,9 +23,11 @@ from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import register_flop_formula
 
+from backfuse.kernels.reference.dropout import draw_seed
+
 from .call import Inputs
 from .function import Job, no_autocast, refuse_second_derivative
-from .inputs import check_cu_seqlens, draw_seed
+from .inputs import check_cu_seqlens
 from .op_flops import backward_flops, forward_flops
 from .told import KINDS, Told, kind_of, read, write
 
@@ -49,7 +51,9 @@ def _forward(x: Tensor, weights: list[Tensor], *side: Any) -> list[Tensor]:
         check_cu_seqlens(inputs.cu_seqlens, max_seqlen, x.view(batch_size, -1, x.shape[-1]))
     with no_autocast(x):
         z, kept = told.job(x, inputs, batch_size, max_seqlen).forward(
-            x, weights[: len(told.wanted)], inputs  # an anchor may stand behind them
+            x,
+            weights[: len(told.wanted)],
+            inputs,  # an anchor may stand behind them
         )
     return [z, *[kept[name].contiguous() for name in told.keeps]]
 
@@ -77,8 +81,9 @@ def _backward(
         dx, grads = job.backward(dz.contiguous(), weights, inputs, named)
     wanted = [told.wants_input, *told.wanted]
     found = [grad for grad, want in zip((dx, *grads), wanted, strict=True) if want]
-    assert all(grad is not None for grad in found)
-    return found
+    given = [grad for grad in found if grad is not None]
+    assert len(given) == len(found)
+    return given
 
 
 def _backward_fake(
@@ -122,14 +127,16 @@ def _anchor(x: Tensor) -> list[Tensor]:
     Raises:
         ValueError: for a budget of 0, under which no mark counts.
     """
+    if not traceback.has_preserved_node_meta():  # nobody traces
+        return []
     budget = torch._functorch.config.activation_memory_budget
-    if not traceback.has_preserved_node_meta() or budget == 1:
+    if budget == 1:
         return []
     if budget == 0:
         raise ValueError(
-            "torch._functorch.config.activation_memory_budget is 0, expected more: at 0 everything "
-            "is computed again, what a block recomputes even twice. Blocks keep what their policies "
-            "say under any other budget; policy='full' keeps least"
+            "torch._functorch.config.activation_memory_budget is 0, expected more: at 0 all is "
+            "computed again, what a block recomputes even twice. Under any other budget blocks "
+            "keep what their policies say; policy='full' keeps least"
         )
     return [torch.ops.backfuse.anchor(x)]
 
@@ -169,9 +176,16 @@ class OpFunction(torch.autograd.Function):
         return None, None, dx, *[next(grads) if wanted else None for wanted in told.wanted]
 
 
-def _autograd(x: Tensor, weights: list[Tensor], *side: Any) -> list[Tensor]:
+def _forward_autograd(x: Tensor, weights: list[Tensor], *side: Any) -> list[Tensor]:
     count = len(Inputs._fields)
     return list(OpFunction.apply(side[count:], Inputs(*side[:count]), x, *weights))
+
+
+def _backward_autograd(dz: Tensor, *rest: Any) -> list[Tensor]:
+    *_, text = rest
+    with torch._C._AutoDispatchBelowAutograd():  # what it does inside is not recorded
+        grads: list[Tensor] = _op(read(text).kind, "backward")(dz, *rest)
+    return grads
 
 
 def _draw_seed(like: Tensor, layers: int) -> Tensor:
@@ -187,14 +201,14 @@ def _register() -> None:
     for kind in KINDS:
         for direction, schema in _SCHEMAS.items():
             _library.define(f"{kind}_{direction}{schema}", tags=_TAGS)
-        for name, kernel, fake, flops in (
-            (f"{kind}_forward", _forward, _forward_fake, forward_flops),
-            (f"{kind}_backward", _backward, _backward_fake, backward_flops),
+        for name, kernel, autograd, fake, flops in (
+            (f"{kind}_forward", _forward, _forward_autograd, _forward_fake, forward_flops),
+            (f"{kind}_backward", _backward, _backward_autograd, _backward_fake, backward_flops),
         ):
             _library.impl(name, kernel, "CompositeExplicitAutograd")
+            _library.impl(name, autograd, "Autograd")
             torch.library.register_fake(f"backfuse::{name}", fake, lib=_library)
             register_flop_formula(getattr(torch.ops.backfuse, name))(flops)
-        _library.impl(f"{kind}_forward", _autograd, "Autograd")
     _library.define("anchor(Tensor x) -> Tensor", tags=_TAGS)
     _library.impl("anchor", _anchor_kernel, "CompositeExplicitAutograd")
     torch.library.register_fake("backfuse::anchor", _anchor_kernel, lib=_library)

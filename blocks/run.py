@@ -125,6 +125,11 @@ class RunJob:
     tree: Tree
     label: str = "the block"
 
+    @property
+    def offloads(self) -> bool:
+        """Whether anything may go elsewhere than to the device's memory."""
+        return any(layer.policy.offloads for layer in self.layers)
+
     def away(self, kept: Kept) -> list[str]:
         """Names of those kept tensors that go elsewhere."""
         names = []

@@ -210,7 +210,7 @@ class BlockSpec:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.stacked_gate_up and not self.gated:
             raise ValueError("stacked_gate_up is True, expected False for an FFN without a gate")
-        for name in ("text", "_attention_parameters", "_ffn_parameters"):
+        for name in ("text", "there", "_attention_parameters", "_ffn_parameters"):
             getattr(self, name)  # torch.compile cannot trace the lock of a cached property
 
     def _resolve(self, name: str, value: Any) -> None:
@@ -236,6 +236,14 @@ class BlockSpec:
     def text(self) -> str:
         """The spec in JSON: `BlockSpec(**json.loads(text))` is the same one."""
         return json.dumps(self.given)
+
+    @cached_property
+    def there(self) -> frozenset[str]:
+        """Names of the fields that are neither 0, False nor None.
+
+        For code that torch.compile traces: of a number it reads it makes a symbol.
+        """
+        return frozenset(f.name for f in fields(self) if getattr(self, f.name))
 
     @classmethod
     def from_config(cls, config: Any, layer_idx: int = 0) -> BlockSpec:

@@ -45,8 +45,10 @@ def _layer_text(policy: Policy, names: Sequence[str], wanted: frozenset[str]) ->
 
 
 def _tree_text(tree: Tree) -> str:
-    return f"[{', '.join([_tree_text(part) for part in tree])}]" if isinstance(tree, tuple) else (
-        f"{tree}"
+    return (
+        f"[{', '.join([_tree_text(part) for part in tree])}]"
+        if isinstance(tree, tuple)
+        else (f"{tree}")
     )
 
 
@@ -69,7 +71,7 @@ def write(job: Job) -> str:
     autocast = f'"{str(call.compute_dtype)[6:]}"' if call.autocast else "null"
     return (
         f'{{"kind": "{kind_of(job)}", "spec": {call.spec.text}, "layers": [{layers}], '
-        f'"tree": {tree}, "label": "{job.label}", "autocast": {autocast}, '
+        f'"tree": {tree}, "autocast": {autocast}, '
         f'"chunk_size": {call.chunk_size}, "impl": "{call.impl}", '
         f'"ffn_strategy": "{call.ffn_strategy}", "dropout": {"true" if call.dropout else "false"}}}'
     )
@@ -88,7 +90,6 @@ class Told:
         spec: the block.
         layers: the run's layers; a half's has that half's names.
         tree: see `RunJob`.
-        label: see `RunJob`.
         autocast: autocast's dtype, or None where it is off.
         chunk_size: tokens a chunk.
         impl: see `TransformerBlock`.
@@ -100,7 +101,6 @@ class Told:
     spec: BlockSpec
     layers: tuple[Layer, ...]
     tree: Tree
-    label: str
     autocast: torch.dtype | None
     chunk_size: int
     impl: str
@@ -126,7 +126,7 @@ class Told:
 
     def _job(self, call: Call) -> Job:
         if self.kind == "block":
-            return RunJob(call, self.layers, self.tree, self.label)
+            return RunJob(call, self.layers, self.tree)
         [layer] = self.layers
         return HalfJob(call, HALVES[self.kind], layer.names, layer.wanted, layer.policy)
 
@@ -215,12 +215,12 @@ def read(text: str) -> Told:
         if policy.offloads:
             raise ValueError(
                 f"policy is {policy}, expected one that offloads nothing: under torch.compile, and "
-                "in a selective checkpoint, what a block keeps is an operator's output, whose place "
-                "is the device. Run offloading blocks outside of both"
+                "in a selective checkpoint, what a block keeps is an operator's output, whose "
+                "place is the device. Run offloading blocks outside of both"
             )
         layers.append(Layer(policy, names, frozenset(wanted)))
     autocast = told["autocast"] and getattr(torch, told["autocast"])
     return Told(
-        told["kind"], spec, tuple(layers), _tree(told["tree"]), told["label"], autocast,
+        told["kind"], spec, tuple(layers), _tree(told["tree"]), autocast,
         told["chunk_size"], told["impl"], told["ffn_strategy"], told["dropout"],
     )  # fmt: skip
