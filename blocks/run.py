@@ -83,7 +83,7 @@ class LayerPass:
     def backward(self, x: Tensor | None, dz: Tensor | None) -> Gradients:
         """The gradient of the input, and those of the weights; None where not wanted."""
         call, layer = self.call, self.layer
-        grads = WeightGrads(call.ops, layer.wanted)
+        grads = WeightGrads(call, layer.names, self.weights, layer.wanted)
         attn_needs = half_needs(call.spec, "attn", layer.wanted, INPUT in layer.wanted)
         ffn_needs = half_needs(call.spec, "ffn", layer.wanted, attn_needs.anything)
         dx = None
@@ -97,7 +97,7 @@ class LayerPass:
             attn.values.pop("mid", None)
             if dmid is not None:
                 dx = attn.backward(dmid, attn_needs, grads)
-        return dx, grads.take(layer.names, self.weights)
+        return dx, grads.take()
 
 
 #: Layers of a run, by index; a tuple is a segment, whose parts may be segments again.
