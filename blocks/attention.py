@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from backfuse.kernels.reference.norm import accumulate_dtype
@@ -130,7 +129,7 @@ class AttentionHalf:
         return self._heads
 
     def _split(self, x: Tensor, head_dim: int) -> Tensor:
-        return rearrange(x, "(b t) (n d) -> b t n d", b=self.call.batch_size, d=head_dim)
+        return x.view(self.call.batch_size, self.call.seq_len, -1, head_dim)
 
     def _angles(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """cos and sin, one row a token: `[tokens, rotary_dim]`; None without RoPE."""
@@ -227,14 +226,16 @@ class AttentionHalf:
         assert attn_out is not None
         delta = self._new_delta(dout)
         heads = self.heads(None if delta is None else (attn_out, dout, delta))
-        by_head = "(b t) n -> b n t"  # as LSE has it
+        by_head = None  # [batch, heads, seq_len], as LSE is
+        if delta is not None:
+            by_head = delta.view(call.batch_size, call.seq_len, -1).transpose(1, 2)
         *dheads, dsinks = call.core.attention_backward(
             self._split(dout, spec.v_head_dim),
             *heads,
             self._split(attn_out, spec.v_head_dim),
             self.values["lse"],
             call.mask,
-            delta=None if delta is None else rearrange(delta, by_head, b=call.batch_size),
+            delta=by_head,
             sinks=self.sinks,
             bias=self.inputs.attention_mask,
             cu_seqlens=self.inputs.cu_seqlens,
