@@ -14,6 +14,7 @@ both run the same lines: that is why a rebuilt activation has the bits of the fi
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ class AttentionHalf:
         elif "qkv" not in self.values:
             self._scratch = qkv
         qk = (qkv if self._scratch is None else self._scratch)[:, :qk_size]
-        cos, sin = self._angles()
+        cos, sin = self._angles
         names = ("attn_out", "dout", "delta")
         for rows in call.chunks():
             if project:
@@ -131,6 +132,7 @@ class AttentionHalf:
     def _split(self, x: Tensor, head_dim: int) -> Tensor:
         return x.view(self.call.batch_size, self.call.seq_len, -1, head_dim)
 
+    @cached_property
     def _angles(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """cos and sin, one row a token: `[tokens, rotary_dim]`; None without RoPE."""
         if self.spec.rope is None:
@@ -279,7 +281,7 @@ class AttentionHalf:
             grads: where the weights' gradients go.
         """
         call, spec = self.call, self.spec
-        cos, sin = self._angles()
+        cos, sin = self._angles
         dx = torch.empty_like(dmid) if needs.input else None
         qk_size = spec.q_size + spec.kv_size
         names = [f"self_attn.{name}_norm.weight" for name in "qk"]
