@@ -54,6 +54,10 @@ def stand_in(layer: nn.Module, original: type[nn.Module]) -> nn.Module:
         memo[id(buffer)] = known.float() if known.is_floating_point() else known.clone()
     result = copy.deepcopy(layer, memo)
     result.__class__ = original
+    for path, module in list(result.named_modules()):
+        base = getattr(module, "base_layer", None)  # an adapter's: what it adapts is read
+        if path and isinstance(base, nn.Module):
+            result.set_submodule(path, base)
     return result.train()
 
 

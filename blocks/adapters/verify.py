@@ -7,7 +7,7 @@ activation or a factor that was overlooked moves its output by far more than rou
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Recipe:
     Attributes:
         spec: what it is.
         names: the spec's parameters -> the layer's, by path.
-        types: path of each module that is read instead of called -> its type.
+        types: path of each module that holds a parameter and is no projection -> its type.
         arguments: of the layer's forward, in their order.
         extra: how many Nones it returns after its output; None: it returns a tensor.
         unmasked: whether a call without a mask is that of the spec.
@@ -69,6 +69,12 @@ class Recipe:
     unmasked: bool
     implementation: str | None
     rest: tuple[str, str] | None = None
+
+    def same(self, other: Recipe) -> bool:
+        """Whether another layer is run in the same way."""
+        return all(
+            getattr(self, field.name) == getattr(other, field.name) for field in fields(self)
+        )
 
 
 def implementation(layer: nn.Module) -> str | None:
@@ -190,11 +196,15 @@ def _unmasked(layer: nn.Module, guess: Guess, x: Tensor, position: Any) -> bool:
 def _recipe(
     layer: nn.Module, guess: Guess, arguments: tuple[str, ...], extra: int | None, unmasked: bool
 ) -> Recipe:
-    paths = {path.rpartition(".")[0] for path in guess.names.values()}
-    modules = dict(layer.named_modules())
+    places = {path.rpartition(".")[0]: name for name, path in guess.names.items()}
+    types = {
+        place: type(layer.get_submodule(place))
+        for place, name in places.items()
+        if "_proj." not in name
+    }
     return Recipe(
-        guess.spec, guess.names, {path: type(modules[path]) for path in sorted(paths)}, arguments,
-        extra, unmasked, implementation(layer), guess.rest,
+        guess.spec, guess.names, types, arguments, extra, unmasked, implementation(layer),
+        guess.rest,
     )  # fmt: skip
 
 
