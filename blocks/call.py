@@ -375,9 +375,7 @@ class Branch:
         else:
             linear_add(residual, x, self.weight, self.bias, out)
 
-    def finish(
-        self, projected: Tensor, residual: Tensor | None, rows: slice, out: Tensor
-    ) -> None:
+    def finish(self, projected: Tensor, residual: Tensor | None, rows: slice, out: Tensor) -> None:
         """Write the half's output from what the post-norm reads, which stays as it is.
 
         Args:
