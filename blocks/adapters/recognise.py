@@ -35,6 +35,18 @@ from .projections import Projection, projection
 from .stand_in import Observation, Seen
 
 
+#: Norms before the attention, between the halves, and behind the FFN -> what a layer may then be.
+ORDERS: dict[tuple[int, int, int], list[dict[str, Any]]] = {
+    (1, 1, 0): [{}, {"parallel_residual": True}],
+    (1, 2, 1): [
+        {"norm_position": "both"},
+        {"norm_position": "both", "parallel_residual": True},
+    ],
+    (0, 1, 1): [{"norm_position": "post"}, {"norm_position": "after_residual"}],
+    (1, 0, 0): [{"parallel_residual": True, "shared_norm": True}],
+}
+
+
 class NotUnderstood(Exception):
     """Why a layer is left alone."""
 
@@ -325,15 +337,14 @@ class Reading:
             fields["rotary_dim"] = rotary_dim
         ffn, ups = self._activation()
         fields["qk_norm"] = self._qk_norm(fields, self._o.x.shape[-1])
-        positions = {(1, 1, 0): ("pre",), (1, 2, 1): ("both",), (0, 1, 1): ("post",)}
         counts = self._places(half=False)
-        if counts not in positions:
+        if counts not in ORDERS:
             raise NotUnderstood(
                 f"its norms stand {counts[0]} before attention, {counts[1]} between the halves and "
                 f"{counts[2]} behind the FFN"
             )
-        for position in positions[counts]:
-            spec = BlockSpec(**fields, **ffn, norm_position=position)  # type: ignore[arg-type]
+        for order in ORDERS[counts]:
+            spec = BlockSpec(**{**fields, **ffn, **order})
             yield Guess(spec, self._names(spec, ups))
 
     def _half_guess(self, rotary_dim: int | None, rope: str | None) -> Guess:
@@ -371,7 +382,7 @@ class Reading:
             places["mlp.down_proj"] = self.ffn[1].members[0].path
         roles = ["attn_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm"]
         norms = [spec.norm_names[role] for role in roles if role in spec.norm_names]
-        for name, seen in zip(norms, self.norms, strict=False):
+        for name, seen in zip(dict.fromkeys(norms), self.norms, strict=False):
             places[name] = seen.path
         shapes = spec.parameters() if ups else spec.attention_parameters()
         names = {}
