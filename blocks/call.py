@@ -145,19 +145,27 @@ class WeightGrads:
     """Gradients of parameters, summed over chunks in fp32 (fp64 for fp64).
 
     Args:
-        ops: the kernels, or their reference.
-        wanted: names of the parameters that want one; the others are never computed.
+        call: the call.
+        names: of the parameters.
+        weights: the parameters.
+        wanted: names of those that want one; the others are never computed.
     """
 
-    def __init__(self, ops: Operations, wanted: Set[str]) -> None:
-        self.ops = ops
+    def __init__(
+        self, call: Call, names: Sequence[str], weights: Sequence[Tensor], wanted: Set[str]
+    ) -> None:
+        self.ops = call.ops
+        self.names, self.weights = names, weights
         self.wanted = wanted
         self.totals: dict[str, Tensor] = {}
+        # with one chunk there is nothing to sum: a share is the gradient, rounded as it is written
+        self.alone = call.batch_size * call.seq_len <= call.chunk_size
 
     def outer(self, name: str, dy: Tensor, x: Tensor) -> None:
         """Add `dy^T x`: a projection's weight."""
         if name in self.wanted:
-            self.totals[name] = self.ops.accumulate_outer(self.totals.get(name), dy, x)
+            dtype = self.weights[self.names.index(name)].dtype if self.alone else None
+            self.totals[name] = self.ops.accumulate_outer(self.totals.get(name), dy, x, dtype)
 
     def rows(self, name: str, dy: Tensor) -> None:
         """Add the sum over rows: a bias."""
@@ -170,12 +178,15 @@ class WeightGrads:
             total = self.totals.get(name)
             self.totals[name] = share if total is None else total.add_(share)
 
-    def take(self, names: Sequence[str], weights: Sequence[Tensor]) -> list[Tensor | None]:
+    def take(self) -> list[Tensor | None]:
         """The finished gradients in their parameters' dtypes, None where none was wanted."""
-        return [
-            self.totals.pop(name).to(weight.dtype) if name in self.totals else None
-            for name, weight in zip(names, weights, strict=True)
-        ]
+        taken: list[Tensor | None] = []
+        for name, weight in zip(self.names, self.weights, strict=True):
+            total = self.totals.pop(name, None)
+            if total is not None and total.dtype != weight.dtype:
+                total = total.to(weight.dtype)
+            taken.append(total)
+        return taken
 
 
 class Projections:

@@ -179,12 +179,12 @@ class HalfJob:
         self, dz: Tensor, weights: Sequence[Tensor], inputs: Inputs, kept: Kept
     ) -> Gradients:
         call, named, needs = self.call, self._cast(weights), self.needs
-        grads = WeightGrads(call.ops, self.wanted)
+        grads = WeightGrads(call, self.names, weights, self.wanted)
         if self.half == "ffn":
             dx = FFNHalf(call, named, inputs, kept).backward(kept.get("mid"), dz, needs, grads)
         else:
             dx = AttentionHalf(call, named, inputs, kept.get("x"), kept).backward(dz, needs, grads)
-        return dx, grads.take(self.names, weights)
+        return dx, grads.take()
 
 
 @lru_cache(maxsize=4096)

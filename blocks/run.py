@@ -88,7 +88,7 @@ class LayerPass:
     def backward(self, x: Tensor | None, dz: Tensor | None) -> Gradients:
         """The gradient of the input, and those of the weights; None where not wanted."""
         call, layer = self.call, self.layer
-        grads = WeightGrads(call.ops, layer.wanted)
+        grads = WeightGrads(call, layer.names, self.weights, layer.wanted)
         attn_needs, ffn_needs = block_needs(call.spec, layer.wanted)
         dx = None
         if dz is not None and (attn_needs.anything or ffn_needs.anything):
@@ -105,7 +105,7 @@ class LayerPass:
             attn.values.pop("mid", None)
             if dmid is not None:
                 dx = attn.backward(dmid, attn_needs, grads, dsum)
-        return dx, grads.take(layer.names, self.weights)
+        return dx, grads.take()
 
 
 #: Layers of a run, by index; a tuple is a segment, whose parts may be segments again.
