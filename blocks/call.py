@@ -29,6 +29,7 @@ from backfuse.kernels.reference.linear import (
 from backfuse.kernels.reference.norm import accumulate_dtype
 
 from .keep import Needs
+from .layouts import as_parameter, in_order
 from .spec import BlockSpec
 
 #: Tokens a chunk, by device type. A CPU wants the chunk's scratch in its caches; a GPU wants
@@ -130,14 +131,16 @@ class Call:
 Weights = Mapping[str, Tensor]
 
 
-def cast_weights(weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The projections in the compute dtype, made anew for each pass; norms stay as they are.
+def cast_weights(spec: BlockSpec, weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The projections in the compute dtype and in order (see `layouts.py`), anew for each pass.
 
-    Without autocast nothing is copied. A cast is never kept: kept weights are the parameters
-    themselves, so that whoever owns them can free and regather them.
+    Norms stay as they are. Without autocast nothing is copied, but for a QKV that goes by heads. A
+    copy is never kept: kept weights are the parameters themselves, so that whoever owns them can
+    free and regather them.
     """
     return {
-        n: w if w.dtype == dtype or "_proj." not in n else w.to(dtype) for n, w in weights.items()
+        n: in_order(spec, n, w if w.dtype == dtype else w.to(dtype)) if "_proj." in n else w
+        for n, w in weights.items()
     }
 
 
@@ -154,7 +157,7 @@ class WeightGrads:
     def __init__(
         self, call: Call, names: Sequence[str], weights: Sequence[Tensor], wanted: Set[str]
     ) -> None:
-        self.ops = call.ops
+        self.ops, self.spec = call.ops, call.spec
         self.names, self.weights = names, weights
         self.wanted = wanted
         self.totals: dict[str, Tensor] = {}
@@ -185,7 +188,7 @@ class WeightGrads:
             total = self.totals.pop(name, None)
             if total is not None and total.dtype != weight.dtype:
                 total = total.to(weight.dtype)
-            taken.append(total)
+            taken.append(None if total is None else as_parameter(self.spec, name, total))
         return taken
 
 

@@ -162,7 +162,8 @@ class HalfJob:
         return sorted(offloaded(self.policy, self.keep))
 
     def _cast(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
-        return cast_weights(dict(zip(self.names, weights, strict=True)), self.call.compute_dtype)
+        named = dict(zip(self.names, weights, strict=True))
+        return cast_weights(self.call.spec, named, self.call.compute_dtype)
 
     def forward(self, x: Tensor, weights: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, Kept]:
         named, keep = self._cast(weights), self.keep

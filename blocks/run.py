@@ -61,7 +61,7 @@ class LayerPass:
 
     def _cast(self) -> dict[str, Tensor]:
         named = dict(zip(self.layer.names, self.weights, strict=True))
-        return cast_weights(named, self.call.compute_dtype)
+        return cast_weights(self.call.spec, named, self.call.compute_dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
         """The block's output `[tokens, h]`, and what it keeps."""
