@@ -29,6 +29,7 @@ from backfuse.kernels.reference.linear import (
 from backfuse.kernels.reference.norm import accumulate_dtype
 
 from .keep import Needs
+from .layouts import as_parameter, in_order
 from .spec import BlockSpec
 
 #: Tokens a chunk, by device type. A CPU wants the chunk's scratch in its caches; a GPU wants
@@ -130,14 +131,16 @@ class Call:
 Weights = Mapping[str, Tensor]
 
 
-def cast_weights(weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The projections in the compute dtype, made anew for each pass; norms stay as they are.
+def cast_weights(spec: BlockSpec, weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The projections in the compute dtype and in order (see `layouts.py`), anew for each pass.
 
-    Without autocast nothing is copied. A cast is never kept: kept weights are the parameters
-    themselves, so that whoever owns them can free and regather them.
+    Norms stay as they are. Without autocast nothing is copied, but for a QKV that goes by heads. A
+    copy is never kept: kept weights are the parameters themselves, so that whoever owns them can
+    free and regather them.
     """
     return {
-        n: w if w.dtype == dtype or "_proj." not in n else w.to(dtype) for n, w in weights.items()
+        n: in_order(spec, n, w if w.dtype == dtype else w.to(dtype)) if "_proj." in n else w
+        for n, w in weights.items()
     }
 
 
@@ -145,19 +148,27 @@ class WeightGrads:
     """Gradients of parameters, summed over chunks in fp32 (fp64 for fp64).
 
     Args:
-        ops: the kernels, or their reference.
-        wanted: names of the parameters that want one; the others are never computed.
+        call: the call.
+        names: of the parameters.
+        weights: the parameters.
+        wanted: names of those that want one; the others are never computed.
     """
 
-    def __init__(self, ops: Operations, wanted: Set[str]) -> None:
-        self.ops = ops
+    def __init__(
+        self, call: Call, names: Sequence[str], weights: Sequence[Tensor], wanted: Set[str]
+    ) -> None:
+        self.ops, self.spec = call.ops, call.spec
+        self.names, self.weights = names, weights
         self.wanted = wanted
         self.totals: dict[str, Tensor] = {}
+        # with one chunk there is nothing to sum: a share is the gradient, rounded as it is written
+        self.alone = call.batch_size * call.seq_len <= call.chunk_size
 
     def outer(self, name: str, dy: Tensor, x: Tensor) -> None:
         """Add `dy^T x`: a projection's weight."""
         if name in self.wanted:
-            self.totals[name] = self.ops.accumulate_outer(self.totals.get(name), dy, x)
+            dtype = self.weights[self.names.index(name)].dtype if self.alone else None
+            self.totals[name] = self.ops.accumulate_outer(self.totals.get(name), dy, x, dtype)
 
     def rows(self, name: str, dy: Tensor) -> None:
         """Add the sum over rows: a bias."""
@@ -170,12 +181,15 @@ class WeightGrads:
             total = self.totals.get(name)
             self.totals[name] = share if total is None else total.add_(share)
 
-    def take(self, names: Sequence[str], weights: Sequence[Tensor]) -> list[Tensor | None]:
+    def take(self) -> list[Tensor | None]:
         """The finished gradients in their parameters' dtypes, None where none was wanted."""
-        return [
-            self.totals.pop(name).to(weight.dtype) if name in self.totals else None
-            for name, weight in zip(names, weights, strict=True)
-        ]
+        taken: list[Tensor | None] = []
+        for name, weight in zip(self.names, self.weights, strict=True):
+            total = self.totals.pop(name, None)
+            if total is not None and total.dtype != weight.dtype:
+                total = total.to(weight.dtype)
+            taken.append(None if total is None else as_parameter(self.spec, name, total))
+        return taken
 
 
 class Projections:

@@ -49,8 +49,8 @@ HIDDEN_ACTS = {
 #: Fields that are either on or off.
 FLAGS = (
     "norm_bias", "norm_round_first", "gated", "qkv_bias", "o_bias", "up_bias", "down_bias",
-    "causal", "attention_sinks", "stacked_qkv", "stacked_gate_up", "parallel_residual",
-    "shared_norm",
+    "causal", "attention_sinks", "stacked_qkv", "qkv_per_head", "stacked_gate_up",
+    "parallel_residual", "shared_norm",
 )  # fmt: skip
 
 
@@ -109,7 +109,9 @@ class BlockSpec:
             and in nothing else (GPT-OSS): the parameter `self_attn.sinks`.
         attention_dropout: probability of dropping a softmax weight, in training.
         residual_dropout: probability of dropping an element of a half's output, in training.
-        stacked_qkv: one `self_attn.qkv_proj` instead of three projections.
+        stacked_qkv: one `self_attn.qkv_proj` instead of three projections: q, k, v.
+        qkv_per_head: whether its rows go by key heads, each with its query heads, itself and its
+            value head (GPT-NeoX), and not all q first.
         stacked_gate_up: one `mlp.gate_up_proj` instead of two.
 
     Raises:
@@ -148,6 +150,7 @@ class BlockSpec:
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     stacked_qkv: bool = False
+    qkv_per_head: bool = False
     stacked_gate_up: bool = False
 
     def __post_init__(self) -> None:
@@ -219,6 +222,8 @@ class BlockSpec:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.stacked_gate_up and not self.gated:
             raise ValueError("stacked_gate_up is True, expected False for an FFN without a gate")
+        if self.qkv_per_head and not self.stacked_qkv:
+            raise ValueError("qkv_per_head is True, expected False without stacked_qkv")
         if self.parallel_residual and self.norm_after_residual:
             raise ValueError(
                 "norm_position is 'after_residual', expected another one with parallel_residual: "

@@ -41,7 +41,7 @@ FAMILIES = {
     "neox": BlockSpec(
         32, 48, 4, norm="layernorm", parallel_residual=True, hidden_act="gelu", gated=False,
         qkv_bias=True, o_bias=True, up_bias=True, down_bias=True, rotary_dim=4, stacked_qkv=True,
-        residual_dropout=0.1,
+        qkv_per_head=True, residual_dropout=0.1,
     ),
     "gptj": BlockSpec(
         32, 48, 4, 2, norm="layernorm", norm_bias=False, norm_position="both",
