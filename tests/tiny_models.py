@@ -50,6 +50,12 @@ FUSED = {
     "smollm3": {**SIZES, "no_rope_layers": [1, 0]},
     "starcoder2": {**SIZES, "use_bias": True, "sliding_window": 12, "hidden_act": "gelu"},
     "cohere": SIZES,
+    "gpt_neox": {
+        **SIZES, "num_key_value_heads": None, "hidden_act": "gelu", "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+        },
+    },
     "bert": TEXT_ENCODER,
     "vit": {**ENCODER, "image_size": 32, "patch_size": 8},
 }  # fmt: skip

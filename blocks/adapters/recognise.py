@@ -259,6 +259,12 @@ class Reading:
             "attention_sinks": bool(sinks),
         }
 
+    def _qkv_layouts(self) -> list[dict[str, Any]]:
+        """How the rows of one projection for q, k and v may be ordered."""
+        if len(self.qkv.members) > 1:
+            return [{}]
+        return [{}, {"qkv_per_head": True}]
+
     def _dropout_fields(self) -> dict[str, Any]:
         """Probabilities; a layer that drops out something else is not understood."""
         scores = set(self.seen.score_dropout) - {0.0}
@@ -343,8 +349,8 @@ class Reading:
                 f"its norms stand {counts[0]} before attention, {counts[1]} between the halves and "
                 f"{counts[2]} behind the FFN"
             )
-        for order in ORDERS[counts]:
-            spec = BlockSpec(**{**fields, **ffn, **order})
+        for order, layout in itertools.product(ORDERS[counts], self._qkv_layouts()):
+            spec = BlockSpec(**{**fields, **ffn, **order, **layout})
             yield Guess(spec, self._names(spec, ups))
 
     def _half_guess(self, rotary_dim: int | None, rope: str | None) -> Guess:
