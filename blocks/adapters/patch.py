@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from backfuse.blocks.devices import DEVICES, Device, measure_cpu
 from backfuse.blocks.inputs import check_chunk_size, check_impl, check_offload_dir
 from backfuse.blocks.keep import INPUT
-from backfuse.blocks.planner.plan import Plan, plan as make_plan
+from backfuse.blocks.planner.plan import Plan
+from backfuse.blocks.planner.plan import plan as make_plan
 from backfuse.blocks.policy import Policy, PolicyLike
 
+from .attributes import NotUnderstood
 from .norms import is_norm
 from .patched import State, obstacle, original_class, state_of, swap, unswap
 from .projections import projection
-from .recognise import NotUnderstood
 from .report import PatchedLayer, PatchReport
 from .verify import Recipe, alike, understand
 
@@ -165,9 +166,7 @@ def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
     yield from found
 
 
-def _listed(
-    module: nn.Module, name: str, seen: set[nn.Module]
-) -> Iterator[tuple[str, nn.Module]]:
+def _listed(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """Elements of lists that might be layers, and hold none."""
     in_list = isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict)
     for key, child in module.named_children():

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from backfuse.blocks.function import attention, block
 from backfuse.blocks.policy import KEEP, NAMED_POLICIES, Policy
 
+from .attributes import attribute
 from .projections import projection
 from .stand_in import ANGLES, MASK
 from .verify import Recipe, first_tensor, implementation
@@ -89,9 +90,17 @@ def _restore(original: type[nn.Module]) -> nn.Module:
     return kind.__new__(kind)
 
 
-@functools.cache
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def patched_class(original: type[nn.Module]) -> type[nn.Module]:
     """The class of patched layers that had the class `original`; the same one each time."""
+    if original not in _classes:
+        _classes[original] = _make_class(original)
+    return _classes[original]
+
+
+def _make_class(original: type[nn.Module]) -> type[nn.Module]:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         return _restore, (original,), vars(self)
@@ -105,15 +114,16 @@ def patched_class(original: type[nn.Module]) -> type[nn.Module]:
     }
     if hasattr(original, "gradient_checkpointing"):
         body["gradient_checkpointing"] = property(_not_checkpointing, _set_checkpointing)
-    kind = type(original.__name__, (original,), body)
+    kind: Any = type(original.__name__, (original,), body)
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _forward(self, original, args, kwargs)
 
     # Set on the finished class: transformers wraps the forward of a class that is being made.
-    kind.forward = forward  # type: ignore[method-assign]
-    return kind
+    kind.forward = forward
+    made: type[nn.Module] = kind
+    return made
 
 
 def _not_checkpointing(layer: nn.Module) -> bool:
@@ -233,7 +243,8 @@ def _unused_cache(layer: nn.Module, cache: Any) -> bool:
     if not (layer.training and torch.is_grad_enabled()):
         return False
     length = getattr(cache, "get_seq_length", None)
-    return length is not None and int(length()) == 0
+    index = attribute(layer, ("layer_idx",), int)
+    return length is not None and index is not None and int(length(index)) == 0
 
 
 def _position(recipe: Recipe, position: Any) -> tuple[Tensor, Tensor] | None:

@@ -19,7 +19,7 @@ understood or left alone.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,10 @@ from backfuse.blocks.spec import BlockSpec
 from backfuse.kernels.reference.activation import ACTIVATIONS
 from backfuse.kernels.reference.norm import NormSpec
 
+from .attributes import NotUnderstood, attribute, head_dim
 from .norms import is_norm, norm_spec
 from .projections import Projection, projection
 from .stand_in import Observation, Seen
-
 
 #: Norms before the attention, between the halves, and behind the FFN -> what a layer may then be.
 ORDERS: dict[tuple[int, int, int], list[dict[str, Any]]] = {
@@ -45,10 +45,6 @@ ORDERS: dict[tuple[int, int, int], list[dict[str, Any]]] = {
     (0, 1, 1): [{"norm_position": "post"}, {"norm_position": "after_residual"}],
     (1, 0, 0): [{"parallel_residual": True, "shared_norm": True}],
 }
-
-
-class NotUnderstood(Exception):
-    """Why a layer is left alone."""
 
 
 @dataclass(frozen=True)
@@ -65,59 +61,6 @@ class Guess:
     spec: BlockSpec
     names: dict[str, str]
     rest: tuple[str, str] | None = None
-
-
-def attribute(layer: nn.Module, names: Sequence[str], kinds: Any = (int, float)) -> Any:
-    """The first attribute of that name and kind, of the layer or of a module inside it."""
-    for module in layer.modules():
-        for name in names:
-            value = getattr(module, name, None)
-            if isinstance(value, kinds) and not isinstance(value, bool):
-                return value
-    return None
-
-
-def configuration(layer: nn.Module) -> Any:
-    """The Hugging Face configuration that one of a layer's modules holds, or None."""
-    for module in layer.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "to_dict"):
-            return config
-    return None
-
-
-def residual_width(layer: nn.Module) -> int:
-    """Width of the residual stream: the most frequent one that norms and projections share."""
-    parts = [part for module in layer.modules() if (part := projection(module))]
-    ins = {part.weight.shape[0 if part.transposed else 1] for part in parts}
-    outs = {part.weight.shape[1 if part.transposed else 0] for part in parts}
-    widths = [m.weight.numel() for m in layer.modules() if is_norm(m)]  # type: ignore[union-attr,operator]
-    shared = [width for width in widths if width in ins & outs]
-    if not shared:
-        raise NotUnderstood("no norm is as wide as a plain projection's input and output")
-    return max(shared, key=shared.count)
-
-
-def head_dim(layer: nn.Module, width: int) -> int:
-    """Channels a head, by the attributes that say so."""
-    found = attribute(layer, ("head_dim", "attention_head_size", "head_size"), int)
-    heads = attribute(layer, ("num_heads", "num_attention_heads", "n_heads", "n_head"), int)
-    if found is None and heads:
-        found = width // heads
-    if found is None:
-        raise NotUnderstood("nothing says how many channels a head has")
-    return int(found)
-
-
-def rotary_dims(layer: nn.Module, head: int) -> list[int]:
-    """How many channels of a head may rotate, the likeliest first."""
-    factors = [1.0]
-    config = configuration(layer)
-    rope = getattr(config, "rope_parameters", None) or {}
-    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        factors.insert(0, part.get("partial_rotary_factor", 1.0))
-    found = [int(head * factor) for factor in factors]
-    return list(dict.fromkeys(dim for dim in found if dim % 2 == 0 and 0 < dim <= head))
 
 
 def _storage(x: Tensor) -> int:
@@ -215,9 +158,7 @@ class Reading:
     def _qk_norm(self, spec: dict[str, Any], q_size: int) -> str | None:
         if not self.qk_norms:
             return None
-        like = NormSpec(
-            "rmsnorm", spec["norm_eps"], spec["norm_offset"], spec["norm_round_first"]
-        )
+        like = NormSpec("rmsnorm", spec["norm_eps"], spec["norm_offset"], spec["norm_round_first"])
         for seen in self.qk_norms:
             if norm_spec(seen.module) != like or getattr(seen.module, "bias", None) is not None:
                 raise NotUnderstood(f"{seen.path} is not an RMSNorm as the block's other norms")
@@ -367,7 +308,9 @@ class Reading:
         self.ffn = []
         fields |= self._dropout_fields()
         norm = self.norms[1]
-        readers = [s for s in self.seen.modules if "." not in s.path and _storage(s.x) == _storage(norm.y)]
+        readers = [
+            s for s in self.seen.modules if "." not in s.path and _storage(s.x) == _storage(norm.y)
+        ]
         if len(readers) != 1:
             raise NotUnderstood("its FFN is not understood, nor which module it is")
         spec = BlockSpec(**fields)

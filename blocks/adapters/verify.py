@@ -17,15 +17,8 @@ from backfuse.blocks.function import attention, block
 from backfuse.blocks.policy import KEEP
 from backfuse.blocks.spec import BlockSpec
 
-from .recognise import (
-    Guess,
-    NotUnderstood,
-    Reading,
-    configuration,
-    head_dim,
-    residual_width,
-    rotary_dims,
-)
+from .attributes import NotUnderstood, configuration, head_dim, residual_width, rotary_dims
+from .recognise import Guess, Reading
 from .stand_in import (
     ANGLES,
     MASK,
@@ -162,8 +155,9 @@ def understand(layer: nn.Module, original: type[nn.Module]) -> Recipe:
             f"its attention is {used!r}, expected 'sdpa' or 'eager' (model.set_attn_implementation)"
         )
     arguments, needed = forward_arguments(original)
-    if not arguments or (others := needed - {arguments[0], MASK, ANGLES}):
-        raise NotUnderstood(f"its forward takes {', '.join(sorted(others)) if arguments else 'nothing'}")
+    others = sorted(needed - {*arguments[:1], MASK, ANGLES})
+    if not arguments or others:
+        raise NotUnderstood(f"its forward takes {', '.join(others) or 'nothing'}")
     width = residual_width(layer)
     copy = stand_in(layer, original)
     causal = any(getattr(module, "is_causal", False) for module in copy.modules())
