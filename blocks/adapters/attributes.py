@@ -34,6 +34,11 @@ def configuration(layer: nn.Module) -> Any:
     return None
 
 
+def implementation(layer: nn.Module) -> str | None:
+    """What a layer's configuration says computes its attention."""
+    return getattr(configuration(layer), "_attn_implementation", None)
+
+
 def residual_width(layer: nn.Module) -> int:
     """Width of the residual stream: the most frequent one that norms and projections share."""
     parts = [part for module in layer.modules() if (part := projection(module))]

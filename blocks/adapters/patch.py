@@ -25,8 +25,9 @@ from .attributes import NotUnderstood
 from .norms import is_norm
 from .patched import State, obstacle, original_class, state_of, swap, unswap
 from .projections import projection
+from .recipe import Recipe
 from .report import PatchedLayer, PatchReport
-from .verify import Recipe, alike, understand
+from .verify import alike, understand
 
 #: What a layer is taken to keep if nobody says.
 DEFAULT = "selective"
