@@ -42,6 +42,24 @@ class Norm(nn.Module):
             nn.init.zeros_(self.bias)
 
 
+class Conv1D(nn.Module):
+    """The parameters of a projection whose weight is transposed; the block does the arithmetic.
+
+    Args:
+        shape: of the weight, `[in, out]`; the bias is `[out]`.
+        bias: whether there is one.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(self, shape: tuple[int, ...], bias: bool, device: Any, dtype: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(shape[1:], device=device, dtype=dtype))
+
+
 def parameter_modules(spec: BlockSpec, device: Any, dtype: Any) -> dict[str, nn.Module]:
     """The modules that hold a block's parameters, by Hugging Face's names."""
     modules: dict[str, nn.Module] = {}
@@ -51,7 +69,9 @@ def parameter_modules(spec: BlockSpec, device: Any, dtype: Any) -> dict[str, nn.
         if kind != "weight":
             continue
         bias = f"{path}.bias" in shapes
-        if len(shape) == 2:
+        if len(shape) == 2 and spec.conv1d:
+            modules[path] = Conv1D(shape, bias, device, dtype)
+        elif len(shape) == 2:
             modules[path] = nn.Linear(shape[1], shape[0], bias=bias, device=device, dtype=dtype)
         else:
             modules[path] = Norm(shape[0], bias, spec.norm_offset, device, dtype)
@@ -134,7 +154,7 @@ class TransformerBlock(nn.Module):
         for module in self.modules():
             if isinstance(module, Norm):
                 module.reset_parameters()
-            elif isinstance(module, nn.Linear):
+            elif isinstance(module, nn.Linear | Conv1D):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -154,7 +174,7 @@ class TransformerBlock(nn.Module):
             module: Any = self
             for step in path:
                 module = None if module is None else module._modules.get(step)
-            if type(module) not in (nn.Linear, Norm) and name != SINKS:
+            if type(module) not in (nn.Linear, Norm, Conv1D) and name != SINKS:
                 raise TypeError(
                     f"{'.'.join(path)} is a {type(module).__name__}, expected a plain "
                     "torch.nn.Linear or the block's own norm: a block reads its weight and would "

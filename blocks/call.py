@@ -167,6 +167,8 @@ class WeightGrads:
     def outer(self, name: str, dy: Tensor, x: Tensor) -> None:
         """Add `dy^T x`: a projection's weight."""
         if name in self.wanted:
+            if self.spec.conv1d:  # the parameter is [in, out]
+                dy, x = x, dy
             dtype = self.weights[self.names.index(name)].dtype if self.alone else None
             self.totals[name] = self.ops.accumulate_outer(self.totals.get(name), dy, x, dtype)
 

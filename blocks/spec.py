@@ -50,7 +50,7 @@ HIDDEN_ACTS = {
 FLAGS = (
     "norm_bias", "norm_round_first", "gated", "qkv_bias", "o_bias", "up_bias", "down_bias",
     "causal", "attention_sinks", "stacked_qkv", "qkv_per_head", "stacked_gate_up",
-    "parallel_residual", "shared_norm",
+    "parallel_residual", "shared_norm", "conv1d",
 )  # fmt: skip
 
 
@@ -113,6 +113,8 @@ class BlockSpec:
         qkv_per_head: whether its rows go by key heads, each with its query heads, itself and its
             value head (GPT-NeoX), and not all q first.
         stacked_gate_up: one `mlp.gate_up_proj` instead of two.
+        conv1d: whether the projections' weights are `[in, out]` (GPT-2's `Conv1D`), and not
+            `[out, in]`.
 
     Raises:
         ValueError: for sizes that do not divide and values that are not known.
@@ -152,6 +154,7 @@ class BlockSpec:
     stacked_qkv: bool = False
     qkv_per_head: bool = False
     stacked_gate_up: bool = False
+    conv1d: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_attention_heads")
@@ -224,6 +227,8 @@ class BlockSpec:
             raise ValueError("stacked_gate_up is True, expected False for an FFN without a gate")
         if self.qkv_per_head and not self.stacked_qkv:
             raise ValueError("qkv_per_head is True, expected False without stacked_qkv")
+        if self.qkv_per_head and self.conv1d:
+            raise ValueError("conv1d is True, expected False with qkv_per_head: rows go by heads")
         if self.parallel_residual and self.norm_after_residual:
             raise ValueError(
                 "norm_position is 'after_residual', expected another one with parallel_residual: "
@@ -369,6 +374,10 @@ class BlockSpec:
                     shapes[f"{name}.bias"] = (self.hidden_size,)
         return shapes
 
+    def _projection(self, inputs: int, outputs: int) -> tuple[int, int]:
+        """Shape of a projection's weight."""
+        return (inputs, outputs) if self.conv1d else (outputs, inputs)
+
     def attention_parameters(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter of the attention half."""
         return dict(self._attention_parameters)
@@ -382,10 +391,10 @@ class BlockSpec:
         else:
             outs = {"q": q, "k": kv, "v": self.v_size}
         for name, out in outs.items():
-            shapes[f"self_attn.{name}_proj.weight"] = (out, h)
+            shapes[f"self_attn.{name}_proj.weight"] = self._projection(h, out)
             if self.qkv_bias:
                 shapes[f"self_attn.{name}_proj.bias"] = (out,)
-        shapes["self_attn.o_proj.weight"] = (h, self.attn_out_size)
+        shapes["self_attn.o_proj.weight"] = self._projection(self.attn_out_size, h)
         if self.o_bias:
             shapes["self_attn.o_proj.bias"] = (h,)
         if self.qk_norm:
@@ -408,10 +417,10 @@ class BlockSpec:
         else:
             outs = {"gate": f, "up": f} if self.gated else {"up": f}
         for name, out in outs.items():
-            shapes[f"mlp.{name}_proj.weight"] = (out, h)
+            shapes[f"mlp.{name}_proj.weight"] = self._projection(h, out)
             if self.up_bias:
                 shapes[f"mlp.{name}_proj.bias"] = (out,)
-        shapes["mlp.down_proj.weight"] = (h, f)
+        shapes["mlp.down_proj.weight"] = self._projection(f, h)
         if self.down_bias:
             shapes["mlp.down_proj.bias"] = (h,)
         return shapes

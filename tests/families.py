@@ -13,7 +13,7 @@ FAMILIES = {
     "gpt2": BlockSpec(
         32, 64, 4, norm="layernorm", norm_eps=1e-5, hidden_act="gelu_new", gated=False,
         qkv_bias=True, o_bias=True, up_bias=True, down_bias=True, rope=None,
-        attention_dropout=0.1, residual_dropout=0.2,
+        attention_dropout=0.1, residual_dropout=0.2, stacked_qkv=True, conv1d=True,
     ),
     "gemma2": BlockSpec(
         32, 48, 4, 1, norm_position="both", norm_offset=1.0, norm_round_first=False,
