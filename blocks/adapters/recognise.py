@@ -193,6 +193,7 @@ class Reading:
             "qkv_bias": self.qkv.biased(),
             "o_bias": self.o.biased(),
             "stacked_qkv": not others,
+            "conv1d": self._transposed(),
             "attn_logit_softcapping": softcap,
             "attention_scale": head**-0.5 if scale is None else scale,
             "causal": bool(causal),
@@ -200,9 +201,16 @@ class Reading:
             "attention_sinks": bool(sinks),
         }
 
+    def _transposed(self) -> bool:
+        """Whether weights are `[in, out]`: all of them, or none."""
+        kinds = {part.transposed for group in (self.qkv, self.o, *self.ffn) for part in group.parts}
+        if len(kinds) > 1:
+            raise NotUnderstood("only some of its weights are [in, out]")
+        return kinds.pop()
+
     def _qkv_layouts(self) -> list[dict[str, Any]]:
         """How the rows of one projection for q, k and v may be ordered."""
-        if len(self.qkv.members) > 1:
+        if len(self.qkv.members) > 1 or self._transposed():
             return [{}]
         return [{}, {"qkv_per_head": True}]
 
