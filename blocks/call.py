@@ -331,8 +331,8 @@ class NormUse:
 class Branch:
     """The end of a half: output projection, post-norm, dropout, residual.
 
-        out = residual + dropout(post_norm(x W^T + b))
-        out = post_norm(residual + dropout(x W^T + b))      where the norm follows the residual
+        out = residual + m dropout(post_norm(x W^T + b))
+        out = post_norm(residual + m dropout(x W^T + b))    where the norm follows the residual
 
     Args:
         call: the call.
@@ -357,6 +357,7 @@ class Branch:
             NormUse(call, weights, f"{half}_post_norm", kept) if call.spec.post_norm else None
         )
         self.after_residual = call.spec.norm_after_residual
+        self.factor = call.spec.residual_multiplier
         self.p = call.spec.residual_dropout if call.dropout else 0.0
         self.seed = seed
         self.site = SITES[half]
@@ -387,9 +388,9 @@ class Branch:
         """
         if self.p:
             projected = matmul_transposed(x, self.weight, self.bias)
-            torch.add(residual, self._drop(projected, rows), out=out)
+            torch.add(residual, self._drop(projected, rows), alpha=self.factor, out=out)
         else:
-            linear_add(residual, x, self.weight, self.bias, out)
+            linear_add(residual, x, self.weight, self.bias, out, self.factor)
 
     def finish(self, projected: Tensor, residual: Tensor | None, rows: slice, out: Tensor) -> None:
         """Write the half's output from what the post-norm reads, which stays as it is.
@@ -405,8 +406,9 @@ class Branch:
             self.post.apply(projected, rows, out=out)
             return
         assert residual is not None
-        if self.p:
-            torch.add(residual, self._drop(self.post.apply(projected, rows), rows), out=out)
+        if self.p or self.factor != 1.0:
+            y = self.post.apply(projected, rows)
+            torch.add(residual, self._drop(y, rows) if self.p else y, alpha=self.factor, out=out)
         else:
             self.post.apply(projected, rows, residual=residual, out=out)
 
@@ -444,7 +446,7 @@ class Branch:
             if dsum is None:
                 return None
             dz = dsum
-        dy = dz.to(self.weight.dtype)
+        dy = (dz if self.factor == 1.0 else dz * self.factor).to(self.weight.dtype)
         if self.p:
             dy = self._drop(dy.clone() if dy is dz else dy, rows)
         if self.post is not None and not self.after_residual:

@@ -6,6 +6,8 @@
 The original transformer's norms stand on the sums instead: `mid = norm(x + ...)`. With a parallel
 residual both halves read x: `n = [pre-norm] x`.
 
+What a half adds may be multiplied by `residual_multiplier`.
+
 Every family is a choice of the fields below; none is a subclass. Sizes have Hugging Face's names,
 and so have the parameters: a Hugging Face layer's `state_dict` loads as it is.
 """
@@ -105,6 +107,7 @@ class BlockSpec:
         sliding_window: a token sees keys less than this far away; None: all.
         attn_logit_softcapping: scores become `cap * tanh(score / cap)`; None: they stay.
         attention_scale: factor on the scores; None: `head_dim ** -0.5`.
+        residual_multiplier: factor on what each half adds to the residual (Granite).
         attention_sinks: whether each query head has a learnt logit that takes part in its softmax
             and in nothing else (GPT-OSS): the parameter `self_attn.sinks`.
         attention_dropout: probability of dropping a softmax weight, in training.
@@ -149,6 +152,7 @@ class BlockSpec:
     attn_logit_softcapping: float | None = None
     attention_scale: float = _UNSET
     attention_sinks: bool = False
+    residual_multiplier: float = 1.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     stacked_qkv: bool = False
@@ -212,8 +216,9 @@ class BlockSpec:
             value = getattr(self, name)
             if not _is_number(value) or not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} is {value!r}, expected 0 <= p < 1")
-        if not _is_number(self.norm_offset):
-            raise ValueError(f"norm_offset is {self.norm_offset!r}, expected a number")
+        for name in ("norm_offset", "residual_multiplier"):
+            if not _is_number(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a number")
         if self.norm_bias is None:
             self._resolve("norm_bias", self.norm == "layernorm")
         if self.norm_round_first is None:

@@ -37,6 +37,7 @@ FAMILIES = {
         32, 48, 4, norm="layernorm", norm_position="after_residual", norm_eps=1e-12,
         hidden_act="gelu", gated=False, rope=None, causal=False, qkv_bias=True, o_bias=True,
         up_bias=True, down_bias=True, attention_dropout=0.1, residual_dropout=0.1,
+        residual_multiplier=-1.5,
     ),
     "neox": BlockSpec(
         32, 48, 4, norm="layernorm", parallel_residual=True, hidden_act="gelu", gated=False,
@@ -45,9 +46,9 @@ FAMILIES = {
     ),
     "gptj": BlockSpec(
         32, 48, 4, 2, norm="layernorm", norm_bias=False, norm_position="both",
-        parallel_residual=True, shared_norm=True, rope="interleaved",
+        parallel_residual=True, shared_norm=True, rope="interleaved", residual_multiplier=0.7,
     ),
-    "odd-sizes": BlockSpec(30, 45, 3, 1, head_dim=10, qkv_bias=True),
+    "odd-sizes": BlockSpec(30, 45, 3, 1, head_dim=10, qkv_bias=True, residual_multiplier=0.22),
     "sinks-and-wide-values": BlockSpec(
         32, 48, 4, 2, v_head_dim=20, attention_sinks=True, sliding_window=9, qkv_bias=True,
         stacked_qkv=True,
