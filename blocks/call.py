@@ -29,6 +29,7 @@ from backfuse.kernels.reference.linear import (
 from backfuse.kernels.reference.norm import accumulate_dtype
 
 from .keep import Needs
+from .layouts import as_parameter, in_order
 from .spec import BlockSpec
 
 #: Tokens a chunk, by device type. A CPU wants the chunk's scratch in its caches; a GPU wants
@@ -130,14 +131,16 @@ class Call:
 Weights = Mapping[str, Tensor]
 
 
-def cast_weights(weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The projections in the compute dtype, made anew for each pass; norms stay as they are.
+def cast_weights(spec: BlockSpec, weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The projections in the compute dtype and in order (see `layouts.py`), anew for each pass.
 
-    Without autocast nothing is copied. A cast is never kept: kept weights are the parameters
-    themselves, so that whoever owns them can free and regather them.
+    Norms stay as they are. Without autocast nothing is copied, but for a QKV that goes by heads. A
+    copy is never kept: kept weights are the parameters themselves, so that whoever owns them can
+    free and regather them.
     """
     return {
-        n: w if w.dtype == dtype or "_proj." not in n else w.to(dtype) for n, w in weights.items()
+        n: in_order(spec, n, w if w.dtype == dtype else w.to(dtype)) if "_proj." in n else w
+        for n, w in weights.items()
     }
 
 
@@ -154,7 +157,7 @@ class WeightGrads:
     def __init__(
         self, call: Call, names: Sequence[str], weights: Sequence[Tensor], wanted: Set[str]
     ) -> None:
-        self.ops = call.ops
+        self.ops, self.spec = call.ops, call.spec
         self.names, self.weights = names, weights
         self.wanted = wanted
         self.totals: dict[str, Tensor] = {}
@@ -164,6 +167,8 @@ class WeightGrads:
     def outer(self, name: str, dy: Tensor, x: Tensor) -> None:
         """Add `dy^T x`: a projection's weight."""
         if name in self.wanted:
+            if self.spec.conv1d:  # the parameter is [in, out]
+                dy, x = x, dy
             dtype = self.weights[self.names.index(name)].dtype if self.alone else None
             self.totals[name] = self.ops.accumulate_outer(self.totals.get(name), dy, x, dtype)
 
@@ -185,7 +190,7 @@ class WeightGrads:
             total = self.totals.pop(name, None)
             if total is not None and total.dtype != weight.dtype:
                 total = total.to(weight.dtype)
-            taken.append(total)
+            taken.append(None if total is None else as_parameter(self.spec, name, total))
         return taken
 
 
@@ -268,7 +273,7 @@ class NormUse:
             x: `[rows, width]`.
             rows: which rows these are.
             residual: added; the sum goes to `out`, which is then the result.
-            out: see residual.
+            out: where the result goes, in its dtype; None: a fresh tensor.
         """
         if self.statistics is None:
             tokens = self.call.batch_size * self.call.seq_len
@@ -276,6 +281,8 @@ class NormUse:
                 self.spec.statistics, tokens, dtype=accumulate_dtype(x.dtype)
             )
         statistics, dtype = self.statistics[:, rows], self.call.compute_dtype
+        if out is not None and residual is None:
+            dtype = out.dtype
         ops, given = self.call.ops, (self.weight, self.bias, self.spec)
         if self.known:
             return ops.norm_apply(x, statistics, *given, dtype, residual=residual, out=out)
@@ -324,7 +331,8 @@ class NormUse:
 class Branch:
     """The end of a half: output projection, post-norm, dropout, residual.
 
-        out = residual + dropout(post_norm(x W^T + b))
+        out = residual + m dropout(post_norm(x W^T + b))
+        out = post_norm(residual + m dropout(x W^T + b))    where the norm follows the residual
 
     Args:
         call: the call.
@@ -348,16 +356,29 @@ class Branch:
         self.post = (
             NormUse(call, weights, f"{half}_post_norm", kept) if call.spec.post_norm else None
         )
+        self.after_residual = call.spec.norm_after_residual
+        self.factor = call.spec.residual_multiplier
         self.p = call.spec.residual_dropout if call.dropout else 0.0
         self.seed = seed
         self.site = SITES[half]
 
-    def project(self, x: Tensor) -> Tensor:
-        """`x W^T + b`, `[rows, h]`."""
-        return matmul_transposed(x, self.weight, self.bias)
+    def project(self, x: Tensor, residual: Tensor | None, rows: slice) -> Tensor:
+        """What the post-norm reads, `[rows, h]`.
+
+        Args:
+            x: `[rows, in]`, the projection's input.
+            residual: `[rows, h]`; only a norm that follows the residual needs it.
+            rows: which rows these are.
+        """
+        if not self.after_residual:
+            return matmul_transposed(x, self.weight, self.bias)
+        assert residual is not None
+        total = torch.empty_like(residual)
+        self.forward(residual, x, rows, total)
+        return total
 
     def forward(self, residual: Tensor, x: Tensor, rows: slice, out: Tensor) -> None:
-        """Write the half's output for some rows, where no norm follows the projection.
+        """Write the sum of projection and residual for some rows: where no norm follows, the end.
 
         Args:
             residual: `[rows, h]`.
@@ -366,15 +387,28 @@ class Branch:
             out: `[rows, h]`, written.
         """
         if self.p:
-            torch.add(residual, self._drop(self.project(x), rows), out=out)
+            projected = matmul_transposed(x, self.weight, self.bias)
+            torch.add(residual, self._drop(projected, rows), alpha=self.factor, out=out)
         else:
-            linear_add(residual, x, self.weight, self.bias, out)
+            linear_add(residual, x, self.weight, self.bias, out, self.factor)
 
-    def add(self, residual: Tensor, projected: Tensor, rows: slice, out: Tensor) -> None:
-        """Write `residual + dropout(post_norm(projected))` into `out`; `projected` stays."""
+    def finish(self, projected: Tensor, residual: Tensor | None, rows: slice, out: Tensor) -> None:
+        """Write the half's output from what the post-norm reads, which stays as it is.
+
+        Args:
+            projected: `[rows, h]`, what `project` gave.
+            residual: `[rows, h]`; None where it is in that already.
+            rows: which rows these are.
+            out: `[rows, h]`, written.
+        """
         assert self.post is not None
-        if self.p:
-            torch.add(residual, self._drop(self.post.apply(projected, rows), rows), out=out)
+        if self.after_residual:
+            self.post.apply(projected, rows, out=out)
+            return
+        assert residual is not None
+        if self.p or self.factor != 1.0:
+            y = self.post.apply(projected, rows)
+            torch.add(residual, self._drop(y, rows) if self.p else y, alpha=self.factor, out=out)
         else:
             self.post.apply(projected, rows, residual=residual, out=out)
 
@@ -384,7 +418,13 @@ class Branch:
         return dropout_rows_(y, self.seed, self.p, rows.start, self.site)
 
     def backward(
-        self, dz: Tensor, projected: Tensor | None, rows: slice, needs: Needs, grads: WeightGrads
+        self,
+        dz: Tensor,
+        projected: Tensor | None,
+        rows: slice,
+        needs: Needs,
+        grads: WeightGrads,
+        dsum: Tensor | None = None,
     ) -> Tensor | None:
         """Back through dropout and post-norm, to the output of the projection.
 
@@ -394,14 +434,22 @@ class Branch:
             rows: which rows these are.
             needs: what the half has to give.
             grads: where the gradients of post-norm and bias go.
+            dsum: `[rows, h]`, where the norm follows the residual: written with the gradient of
+                their sum; None where it is not wanted.
 
         Returns:
             `[rows, h]`, or None where nothing before the post-norm wants a gradient.
         """
-        dy = dz.to(self.weight.dtype)
+        if self.after_residual:
+            assert self.post is not None and projected is not None
+            self.post.backward(dz, projected, rows, grads, dx=dsum)
+            if dsum is None:
+                return None
+            dz = dsum
+        dy = (dz if self.factor == 1.0 else dz * self.factor).to(self.weight.dtype)
         if self.p:
             dy = self._drop(dy.clone() if dy is dz else dy, rows)
-        if self.post is not None:
+        if self.post is not None and not self.after_residual:
             assert projected is not None
             dprojected = torch.empty_like(dy) if needs.branch else None
             self.post.backward(dy, projected, rows, grads, dx=dprojected)

@@ -61,14 +61,15 @@ class FFNHalf:
         return (normed, self.ups.weights, self.ups.biases, *self.activation)
 
     def forward(
-        self, mid: Tensor, keep: Set[str] = frozenset()
+        self, mid: Tensor, residual: Tensor, keep: Set[str] = frozenset()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The half's output, the first time or again: what was kept is read, not computed.
 
         A preact kept in eight bits is not read here: the output has to be the first one's.
 
         Args:
-            mid: `[tokens, h]`.
+            mid: `[tokens, h]`, the half's input; with a parallel residual that is x.
+            residual: `[tokens, h]`, what the half's output is added to.
             keep: names to leave in the second result.
 
         Returns:
@@ -79,7 +80,7 @@ class FFNHalf:
         layout = {
             "preact": (spec.preact_size, FP8 if "preact_scales" in keep else compute),
             "preact_scales": (spec.preact_scales, torch.float32),
-            "ffn_branch": (spec.hidden_size, compute),
+            "ffn_branch": (spec.hidden_size, mid.dtype if spec.norm_after_residual else compute),
         }
         out = {
             name: mid.new_empty(len(mid), width, dtype=dtype)
@@ -88,23 +89,23 @@ class FFNHalf:
         }
         z = torch.empty_like(mid)
         for rows in call.chunks():
-            part = mid[rows]
+            beside = residual[rows]
             if "ffn_branch" in kept:
-                self.branch.add(part, kept["ffn_branch"][rows], rows, z[rows])
+                self.branch.finish(kept["ffn_branch"][rows], beside, rows, z[rows])
                 continue
             if "preact" in kept and "preact_scales" not in kept:
                 hidden = ops.activation_forward(kept["preact"][rows], *self.activation)
             else:
                 hidden = ops.ffn_up(
-                    *self._up(self._normed(part, rows)),
+                    *self._up(self._normed(mid[rows], rows)),
                     preact=out["preact"][rows] if "preact" in out else None,
                     scales=out["preact_scales"][rows] if "preact_scales" in out else None,
                 )
             if self.branch.post is None:
-                self.branch.forward(part, hidden, rows, z[rows])
+                self.branch.forward(beside, hidden, rows, z[rows])
                 continue
-            projected = self.branch.project(hidden)
-            self.branch.add(part, projected, rows, z[rows])
+            projected = self.branch.project(hidden, beside, rows)
+            self.branch.finish(projected, beside, rows, z[rows])
             if "ffn_branch" in out:
                 out["ffn_branch"][rows] = projected
         norms = {"ffn_norm_stats": self.norm, "ffn_post_norm_stats": self.branch.post}
@@ -119,13 +120,13 @@ class FFNHalf:
         """The gradient of mid, and those of the weights.
 
         Args:
-            mid: `[tokens, h]`; None where nothing reads it.
+            mid: `[tokens, h]`, the half's input; None where nothing reads it.
             dz: `[tokens, h]`, the gradient of the half's output; only read.
             needs: what this half has to give.
             grads: where the weights' gradients go.
 
         Returns:
-            `[tokens, h]` in dz's dtype, or None where mid wants none.
+            `[tokens, h]` in dz's dtype, dz included, or None where mid wants none.
         """
         call, spec, kept = self.call, self.spec, self.kept
         dmid = torch.empty_like(dz) if needs.input else None
@@ -148,8 +149,11 @@ class FFNHalf:
                 else:
                     preact = dpreact
                     hidden = call.ops.ffn_up(*self._up(normed), preact=preact)
-                    projected = self.branch.project(hidden)
-            dy = self.branch.backward(dz[rows], projected, rows, needs, grads)
+                    projected = self.branch.project(hidden, part, rows)
+            residual, dsum = dz[rows], None
+            if spec.norm_after_residual and needs.branch:
+                residual = dsum = torch.empty_like(residual)
+            dy = self.branch.backward(dz[rows], projected, rows, needs, grads, dsum)
             if dy is None or not (needs.inner or needs.out):
                 continue
             if needs.inner:
@@ -165,7 +169,7 @@ class FFNHalf:
             if needs.inner:
                 hidden = None
                 dpart = None if dmid is None else dmid[rows]
-                self._backward_input(dpreact, part, normed, dz[rows], dpart, rows, needs, grads)
+                self._backward_input(dpreact, part, normed, residual, dpart, rows, needs, grads)
         return dmid
 
     def _backward_activation(
@@ -198,7 +202,7 @@ class FFNHalf:
         dpreact: Tensor,
         mid: Tensor | None,
         normed: Tensor | None,
-        dz: Tensor,
+        residual: Tensor,
         dmid: Tensor | None,
         rows: slice,
         needs: Needs,
@@ -213,10 +217,10 @@ class FFNHalf:
                 if needs.projections and normed is None:
                     normed = again = torch.empty_like(dnormed)
                 self.norm.backward(
-                    dnormed, mid, rows, grads, residual=dz, dx=dmid, normed=again
+                    dnormed, mid, rows, grads, residual=residual, dx=dmid, normed=again
                 )
             elif dmid is not None:
-                torch.add(dz, dnormed, out=dmid)
+                torch.add(residual, dnormed, out=dmid)
         if needs.projections:
             if normed is None:
                 assert mid is not None

@@ -28,7 +28,7 @@ from backfuse.kernels.reference.cpu_attention import CPU
 from backfuse.kernels.reference.explicit_attention import AttentionMask, score_flops
 
 from .errors import nearest
-from .keep import INPUT, block_reads, half_needs
+from .keep import block_needs, block_reads
 from .memory import check_dtype, check_sizes, wanted_set
 from .policy import Policy, PolicyLike
 from .spec import BlockSpec, check_spec
@@ -120,7 +120,7 @@ def block_matmuls(
         elements = tokens * (depth + columns + fused) + depth * columns
         return Matmul(phase, name, 2 * tokens * depth * columns, elements)
 
-    residual = 0 if spec.post_norm else h  # added by the GEMM
+    residual = 0 if spec.post_norm and not spec.norm_after_residual else h  # added by the GEMM
     heads = tokens * (spec.qkv_size + out)
     stored = preact if "preact" in kept else 0
     forward = {
@@ -136,8 +136,7 @@ def block_matmuls(
     names = {branches.get(name, name) for name in rebuilt}
     found += [replace(again[name], phase="recompute") for name in again if name in names]
 
-    attn = half_needs(spec, "attn", wanted, INPUT in wanted)
-    ffn = half_needs(spec, "ffn", wanted, attn.anything)
+    attn, ffn = block_needs(spec, wanted)
     if ffn.inner:  # reads preact, writes its gradient and the activated hidden
         found.append(gemm("backward", "down_input", f, h, 2 * preact))
         if ffn.input or ffn.norm:

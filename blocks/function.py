@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +31,7 @@ from .keep import INPUT, Needs, attention_reads, ffn_reads, half_needs, offloade
 from .offload import line
 from .policy import KEEP, Policy, PolicyLike
 from .replay import effective_policies
-from .run import Gradients, Kept, wanted_names
+from .run import Gradients, Kept, Layer, RunJob, wanted_names
 from .spec import BlockSpec, check_spec
 
 
@@ -130,6 +131,41 @@ def run_job(job: Job, inputs: Inputs, hidden_states: Tensor, weights: Sequence[T
     return z.view(hidden_states.shape)
 
 
+def block(
+    hidden_states: Tensor,
+    weights: Mapping[str, Tensor],
+    spec: BlockSpec,
+    policy: Policy,
+    *,
+    offload_dir: Path | None = None,
+    **options: Any,
+) -> Tensor:
+    """One whole block on anybody's weights: what a `TransformerBlock` runs on its own.
+
+    Args:
+        hidden_states: `[batch, seq_len, hidden_size]`.
+        weights: the tensors `spec.parameters()` names, by those names.
+        spec: the block.
+        policy: what it keeps; it has to keep `x`.
+        offload_dir: folder of the files that offloaded tensors go to; None: host memory.
+        options: see `TransformerBlock` and its `forward`; `training`: whether dropout is active.
+
+    Returns:
+        `[batch, seq_len, hidden_size]`, in hidden_states' dtype.
+
+    Raises:
+        TypeError: for a wrong dtype or kind.
+        ValueError: for a wrong shape, value or device.
+    """
+    call, inputs = prepare(
+        spec, hidden_states, lossy=policy.lossy, offload_dir=offload_dir, **options
+    )
+    weights = check_weights(weights, spec.parameters(), hidden_states, call)
+    [policy] = effective_policies([policy]) or [KEEP]
+    layer = Layer(policy, tuple(weights), wanted_names(hidden_states, weights))
+    return run_job(RunJob(call, (layer,), 0), inputs, hidden_states, list(weights.values()))
+
+
 @dataclass(frozen=True, eq=False)
 class HalfJob:
     """One half alone.
@@ -162,12 +198,13 @@ class HalfJob:
         return sorted(offloaded(self.policy, self.keep))
 
     def _cast(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
-        return cast_weights(dict(zip(self.names, weights, strict=True)), self.call.compute_dtype)
+        named = dict(zip(self.names, weights, strict=True))
+        return cast_weights(self.call.spec, named, self.call.compute_dtype)
 
     def forward(self, x: Tensor, weights: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, Kept]:
         named, keep = self._cast(weights), self.keep
         if self.half == "ffn":
-            z, kept = FFNHalf(self.call, named, inputs, {}).forward(x, keep)
+            z, kept = FFNHalf(self.call, named, inputs, {}).forward(x, x, keep)
             if "mid" in keep:
                 kept["mid"] = x
             return z, kept

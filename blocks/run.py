@@ -11,7 +11,7 @@ from torch import Tensor
 from .attention import AttentionHalf
 from .call import Call, Inputs, WeightGrads, cast_weights
 from .ffn import FFNHalf
-from .keep import INPUT, block_reads, ffn_reads, half_needs, offloaded
+from .keep import INPUT, block_needs, block_reads, ffn_reads, offloaded
 from .policy import Policy
 
 Kept = dict[str, Tensor]
@@ -61,7 +61,7 @@ class LayerPass:
 
     def _cast(self) -> dict[str, Tensor]:
         named = dict(zip(self.layer.names, self.weights, strict=True))
-        return cast_weights(named, self.call.compute_dtype)
+        return cast_weights(self.call.spec, named, self.call.compute_dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
         """The block's output `[tokens, h]`, and what it keeps."""
@@ -71,32 +71,40 @@ class LayerPass:
         mid = attn.mid()
         kept = {name: attn.values[name] for name in keep & attn.values.keys()}
         del attn
-        z, of_ffn = FFNHalf(self.call, weights, self.inputs, {}).forward(mid, keep)
+        ffn = FFNHalf(self.call, weights, self.inputs, {})
+        z, of_ffn = ffn.forward(self._ffn_input(x, mid), mid, keep)
         return z, kept | of_ffn
 
     def output(self, x: Tensor) -> Tensor:
         """The block's output again, computing only what is not kept."""
         weights = self._cast()
         mid = AttentionHalf(self.call, weights, self.inputs, x, self.kept).mid()
-        return FFNHalf(self.call, weights, self.inputs, self.kept).forward(mid)[0]
+        ffn = FFNHalf(self.call, weights, self.inputs, self.kept)
+        return ffn.forward(self._ffn_input(x, mid), mid)[0]
+
+    def _ffn_input(self, x: Tensor, mid: Tensor) -> Tensor:
+        return x if self.call.spec.parallel_residual else mid
 
     def backward(self, x: Tensor | None, dz: Tensor | None) -> Gradients:
         """The gradient of the input, and those of the weights; None where not wanted."""
         call, layer = self.call, self.layer
         grads = WeightGrads(call, layer.names, self.weights, layer.wanted)
-        attn_needs = half_needs(call.spec, "attn", layer.wanted, INPUT in layer.wanted)
-        ffn_needs = half_needs(call.spec, "ffn", layer.wanted, attn_needs.anything)
+        attn_needs, ffn_needs = block_needs(call.spec, layer.wanted)
         dx = None
         if dz is not None and (attn_needs.anything or ffn_needs.anything):
             weights = self._cast()
             attn = AttentionHalf(call, weights, self.inputs, x, self.kept)
             ffn = FFNHalf(call, weights, self.inputs, self.kept)
             reads_mid = "mid" in ffn_reads(call.spec, layer.policy, ffn_needs).kept
-            dmid = ffn.backward(attn.mid() if reads_mid else None, dz, ffn_needs, grads)
+            if call.spec.parallel_residual:
+                dsum = ffn.backward(x, dz, ffn_needs, grads) if ffn_needs.anything else None
+                dmid = dz if attn_needs.anything else None
+            else:
+                dmid = dsum = ffn.backward(attn.mid() if reads_mid else None, dz, ffn_needs, grads)
             del ffn
             attn.values.pop("mid", None)
             if dmid is not None:
-                dx = attn.backward(dmid, attn_needs, grads)
+                dx = attn.backward(dmid, attn_needs, grads, dsum)
         return dx, grads.take()
 
 

@@ -51,9 +51,14 @@ def matmul_transposed(
 
 
 def linear_add(
-    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    factor: float = 1.0,
 ) -> Tensor:
-    """Write `residual + x W^T + b`, rounded once where the GEMM can add it.
+    """Write `residual + factor (x W^T + b)`, rounded once where the GEMM can add it.
 
     Args:
         residual: `[rows, out]`.
@@ -61,13 +66,14 @@ def linear_add(
         weight: `[out, in]`, in x's dtype.
         bias: `[out]` or None.
         out: `[rows, out]`, in residual's dtype, written.
+        factor: on what is added.
 
     Returns:
         `out`.
     """
     if _onednn(x) or bias is not None or residual.dtype != x.dtype:
-        return torch.add(residual, matmul_transposed(x, weight, bias), out=out)
-    return torch.addmm(residual, x, weight.t(), out=out)
+        return torch.add(residual, matmul_transposed(x, weight, bias), alpha=factor, out=out)
+    return torch.addmm(residual, x, weight.t(), alpha=factor, out=out)
 
 
 def linear(
