@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from backfuse.kernels.reference.linear import (
 from backfuse.kernels.reference.norm import accumulate_dtype
 
 from .keep import Needs
+from .lora import Adapters, projections
+from .low_rank import LowRank, Pair, add_product, row_sum, with_adapters_bias
 from .spec import BlockSpec
 
 #: Tokens a chunk, by device type. A CPU wants the chunk's scratch in its caches; a GPU wants
@@ -162,7 +164,7 @@ class WeightGrads:
     def rows(self, name: str, dy: Tensor) -> None:
         """Add the sum over rows: a bias."""
         if name in self.wanted:
-            self.add(name, dy.sum(0, dtype=accumulate_dtype(dy.dtype)))
+            self.add(name, row_sum(dy))
 
     def add(self, name: str, share: Tensor | None) -> None:
         """Add what a chunk gives."""
@@ -182,46 +184,114 @@ class Projections:
     """Weights side by side that read the same input: q, k and v, or gate and up.
 
     Args:
+        call: the call.
         names: their parameter names without `.weight`.
         weights: the block's weights.
+        adapters: the block's.
+        seed: for dropout, or None.
     """
 
-    def __init__(self, names: list[str], weights: Weights) -> None:
+    def __init__(
+        self,
+        call: Call,
+        names: list[str],
+        weights: Weights,
+        adapters: Adapters,
+        seed: Tensor | None,
+    ) -> None:
         self.names = names
         self.weights = [weights[f"{name}.weight"] for name in names]
         self.biases = [weights.get(f"{name}.bias") for name in names]
+        self.low_rank = _low_rank(call, names, weights, adapters, seed)
+        if self.low_rank is not None:
+            own = dict(adapters)
+            self.biases = [with_adapters_bias(n, own.get(n, ()), weights) for n in names]
+            if any(bias is not None for bias in self.biases):  # one for each weight, or none
+                self.biases = [
+                    weight.new_zeros(len(weight)) if bias is None else bias
+                    for weight, bias in zip(self.weights, self.biases, strict=True)
+                ]
 
-    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+    def products(self, x: Tensor, rows: slice) -> list[Pair | None]:
+        """What the adapters add to each output (see `LowRank.forward`); nothing without any."""
+        return [] if self.low_rank is None else self.low_rank.forward(x, rows)
+
+    def forward(self, x: Tensor, rows: slice, out: Tensor) -> Tensor:
         """Write all outputs into `out`, `[rows, their widths together]`."""
-        return linear(x, self.weights, self.biases, out)
+        linear(x, self.weights, self.biases, out)
+        parts = [part for _, part in self._split(out)]
+        for part, pair in zip(parts, self.products(x, rows), strict=False):
+            add_product(part, pair)
+        return out
 
-    def backward_input(self, dy: Tensor) -> Tensor:
-        """The gradient of the input."""
-        return linear_backward_input(dy, self.weights)
+    def narrow(self, dy: Tensor, wanted: bool, grads: WeightGrads) -> Tensor | None:
+        """u of the adapters (see `low_rank.py`), where anything reads it.
+
+        Args:
+            dy: the gradient of all outputs.
+            wanted: whether the gradient of the input is.
+            grads: where the weights' gradients go.
+        """
+        if self.low_rank is None or not (wanted or self.low_rank.want(grads, 0)):
+            return None
+        return self.low_rank.narrow([part for _, part in self._split(dy)])
+
+    def backward_input(self, dy: Tensor, u: Tensor | None, rows: slice) -> Tensor:
+        """The gradient of the input; u as `narrow` gives it."""
+        dx = linear_backward_input(dy, self.weights)
+        if self.low_rank is None or u is None:
+            return dx
+        return self.low_rank.add_input_gradient(u, rows, dx)
 
     def _split(self, dy: Tensor) -> list[tuple[str, Tensor]]:
         """What belongs to each of the weights, with their names."""
         widths = [weight.shape[0] for weight in self.weights]
         return list(zip(self.names, dy.split(widths, -1), strict=True))
 
-    def backward_weights(self, dy: Tensor, x: Tensor, grads: WeightGrads) -> None:
-        """Add to the gradients of the weights."""
-        for name, part in self._split(dy):
+    def backward_weights(
+        self, dy: Tensor, u: Tensor | None, x: Tensor, rows: slice, grads: WeightGrads
+    ) -> None:
+        """Add to the gradients of the weights and of the adapters; u as `narrow` gives it."""
+        parts = self._split(dy)
+        for name, part in parts:
             grads.outer(f"{name}.weight", part, x)
+        if self.low_rank is not None:
+            self.low_rank.backward_weights([part for _, part in parts], u, x, rows, grads)
 
     def backward_biases(self, dy: Tensor, grads: WeightGrads) -> None:
         """Add to the gradients of the biases."""
+        if self.low_rank is not None and self.low_rank.want(grads, 2):
+            self.add_biases(row_sum(dy), grads)
+            return
         for name, part in self._split(dy):
             grads.rows(f"{name}.bias", part)
 
     def add_biases(self, dbias: Tensor, grads: WeightGrads) -> None:
         """Add to the gradients of the biases what a kernel has summed already."""
-        for name, part in self._split(dbias):
+        parts = self._split(dbias)
+        if self.low_rank is not None:
+            self.low_rank.add_biases([part for _, part in parts], grads)
+        for name, part in parts:
             grads.add(f"{name}.bias", part)
 
     def want_biases(self, grads: WeightGrads) -> bool:
         """Whether a bias wants a gradient."""
+        if self.low_rank is not None and self.low_rank.want(grads, 2):
+            return True
         return any(f"{name}.bias" in grads.wanted for name in self.names)
+
+
+def _low_rank(
+    call: Call, names: list[str], weights: Weights, adapters: Adapters, seed: Tensor | None
+) -> LowRank | None:
+    """The adapters of projections side by side, if there are any."""
+    own = dict(adapters)
+    if own.keys().isdisjoint(names):
+        return None
+    numbers = projections(call.spec)
+    return LowRank(
+        names, [own.get(name, ()) for name in names], weights, [numbers[n] for n in names], seed
+    )
 
 
 class NormUse:
@@ -319,6 +389,7 @@ class Branch:
         call: the call.
         weights: the block's weights, cast.
         half: `"attn"` or `"ffn"`.
+        adapters: the block's.
         seed: for dropout, or None.
         kept: what an earlier pass kept.
     """
@@ -328,12 +399,15 @@ class Branch:
         call: Call,
         weights: Weights,
         half: str,
+        adapters: Adapters,
         seed: Tensor | None,
         kept: Mapping[str, Tensor],
     ) -> None:
         self.name = OUT_PROJECTION[half]
         self.weight = weights[f"{self.name}.weight"]
-        self.bias = weights.get(f"{self.name}.bias")
+        self.low_rank = _low_rank(call, [self.name], weights, adapters, seed)
+        own = dict(adapters).get(self.name, ())
+        self.bias = with_adapters_bias(self.name, own, weights)
         self.post = (
             NormUse(call, weights, f"{half}_post_norm", kept) if call.spec.post_norm else None
         )
@@ -341,9 +415,16 @@ class Branch:
         self.seed = seed
         self.site = SITES[half]
 
-    def project(self, x: Tensor) -> Tensor:
-        """`x W^T + b`, `[rows, h]`."""
-        return matmul_transposed(x, self.weight, self.bias)
+    def _add_adapters(self, y: Tensor, x: Tensor, rows: slice) -> Tensor:
+        """Add to y what the adapters give for x."""
+        if self.low_rank is None:
+            return y
+        [pair] = self.low_rank.forward(x, rows)
+        return add_product(y, pair)
+
+    def project(self, x: Tensor, rows: slice) -> Tensor:
+        """`x W^T + b`, `[rows, h]`, with the adapters."""
+        return self._add_adapters(matmul_transposed(x, self.weight, self.bias), x, rows)
 
     def forward(self, residual: Tensor, x: Tensor, rows: slice, out: Tensor) -> None:
         """Write the half's output for some rows, where no norm follows the projection.
@@ -355,9 +436,10 @@ class Branch:
             out: `[rows, h]`, written.
         """
         if self.p:
-            torch.add(residual, self._drop(self.project(x), rows), out=out)
+            torch.add(residual, self._drop(self.project(x, rows), rows), out=out)
         else:
             linear_add(residual, x, self.weight, self.bias, out)
+            self._add_adapters(out, x, rows)
 
     def add(self, residual: Tensor, projected: Tensor, rows: slice, out: Tensor) -> None:
         """Write `residual + dropout(post_norm(projected))` into `out`; `projected` stays."""
@@ -397,13 +479,48 @@ class Branch:
             dy = dy if dprojected is None else dprojected
         if not needs.branch:
             return None
-        grads.rows(f"{self.name}.bias", dy)
+        if self.low_rank is not None and self.low_rank.want(grads, 2):
+            dbias = row_sum(dy)
+            self.low_rank.add_biases([dbias], grads)
+            grads.add(f"{self.name}.bias", dbias)
+        else:
+            grads.rows(f"{self.name}.bias", dy)
         return dy
 
-    def backward_weight(self, dy: Tensor, x: Tensor, grads: WeightGrads) -> None:
-        """Add to the projection's weight gradient; x is `[rows, in]`, the projection's input."""
-        grads.outer(f"{self.name}.weight", dy, x)
+    def narrow(self, dy: Tensor, wanted: bool, grads: WeightGrads) -> Tensor | None:
+        """u of the adapters, as `Projections.narrow`."""
+        if self.low_rank is None or not (wanted or self.low_rank.want(grads, 0)):
+            return None
+        return self.low_rank.narrow([dy])
 
-    def backward_input(self, dy: Tensor, out: Tensor | None = None) -> Tensor:
-        """`dy W`, `[rows, in]`, in `out` where that is given."""
-        return matmul_transposed(dy, self.weight.t(), out=out)
+    def backward_weight(
+        self, dy: Tensor, u: Tensor | None, x: Tensor, rows: slice, grads: WeightGrads
+    ) -> None:
+        """Add to the gradients of the projection's weight and of its adapters.
+
+        Args:
+            dy: `[rows, h]`, the gradient of the projection's output.
+            u: as `narrow` gives it.
+            x: `[rows, in]`, the projection's input.
+            rows: which rows these are.
+            grads: where the gradients go.
+        """
+        grads.outer(f"{self.name}.weight", dy, x)
+        if self.low_rank is not None:
+            self.low_rank.backward_weights([dy], u, x, rows, grads)
+
+    def input_terms(self, u: Tensor, rows: slice) -> dict[str, Any]:
+        """What the adapters add to `dy W`, as `ffn_dact` takes it: a product, or with holes in it
+        a tensor."""
+        assert self.low_rank is not None
+        if not self.low_rank.drops:
+            return {"product": (u, self.low_rank.a)}
+        share = u.new_zeros(len(u), self.weight.shape[1])
+        return {"addend": self.low_rank.add_input_gradient(u, rows, share)}
+
+    def backward_input(self, dy: Tensor, u: Tensor | None, rows: slice, out: Tensor) -> Tensor:
+        """Write `dy W` into `out`, `[rows, in]`, and add what the adapters give."""
+        matmul_transposed(dy, self.weight.t(), out=out)
+        if self.low_rank is None or u is None:
+            return out
+        return self.low_rank.add_input_gradient(u, rows, out)
