@@ -181,21 +181,28 @@ class AttentionHalf:
         return self.values["attn_out"]
 
     def projected(self) -> Tensor:
-        """With a post-norm: the output projection before that norm, `[tokens, h]`."""
+        """With a post-norm: what it reads, `[tokens, h]`."""
         if "attn_branch" not in self.values:
             attn_out = self.attn_out()
-            parts = [self.branch.project(attn_out[rows], rows) for rows in self.call.chunks()]
+            x = self.values["x"] if self.spec.norm_after_residual else None
+            parts = [
+                self.branch.project(attn_out[rows], None if x is None else x[rows], rows)
+                for rows in self.call.chunks()
+            ]
             self.values["attn_branch"] = torch.cat(parts)
         return self.values["attn_branch"]
 
     def mid(self) -> Tensor:
         """The residual between the halves, `[tokens, h]`."""
         if "mid" not in self.values:
-            x = self.values["x"]
+            after = self.spec.norm_after_residual
+            x = self.projected() if after else self.values["x"]
             mid = torch.empty_like(x)
             for rows in self.call.chunks():
-                if self.branch.post is not None:
-                    self.branch.add(x[rows], self.projected()[rows], rows, mid[rows])
+                if after:
+                    self.branch.finish(x[rows], None, rows, mid[rows])
+                elif self.branch.post is not None:
+                    self.branch.finish(self.projected()[rows], x[rows], rows, mid[rows])
                 else:
                     self.branch.forward(x[rows], self.attn_out()[rows], rows, mid[rows])
             if self.branch.post is not None and self.branch.post.statistics is not None:
@@ -218,9 +225,13 @@ class AttentionHalf:
         tokens = dmid.shape[0]
         attn_out = self.attn_out() if needs.inner or needs.out else None
         dout = dmid.new_empty(tokens, spec.attn_out_size, dtype=call.compute_dtype)
+        residual = dmid
+        if spec.norm_after_residual and needs.branch:
+            residual = torch.empty_like(dmid)
         for rows in call.chunks():
             projected = self.projected()[rows] if spec.post_norm else None
-            dy = self.branch.backward(dmid[rows], projected, rows, needs, grads)
+            dsum = None if residual is dmid else residual[rows]
+            dy = self.branch.backward(dmid[rows], projected, rows, needs, grads, dsum)
             if dy is not None and attn_out is not None:
                 u = self.branch.narrow(dy, needs.inner, grads)
                 if needs.out:
@@ -259,7 +270,7 @@ class AttentionHalf:
             ):
                 room.copy_(part)
             parts = [self._scratch]
-        return self._backward_qkv(dmid, parts, needs, grads)
+        return self._backward_qkv(residual, parts, needs, grads)
 
     def _new_delta(self, dout: Tensor) -> Tensor | None:
         """Room for delta, `[tokens, heads]`, tokens side by side as the attention kernels read
@@ -271,12 +282,12 @@ class AttentionHalf:
         ).t()
 
     def _backward_qkv(
-        self, dmid: Tensor, parts: list[Tensor], needs: Needs, grads: WeightGrads
+        self, residual: Tensor, parts: list[Tensor], needs: Needs, grads: WeightGrads
     ) -> Tensor | None:
         """From the gradients of roped q and k, and of v, to the half's input.
 
         Args:
-            dmid: `[tokens, h]`, the gradient of the half's output.
+            residual: `[tokens, h]`, the gradient that passes the half by.
             parts: `[tokens, width]` each: the gradients of q, k and v, or one of all, which is
                 overwritten.
             needs: what this half has to give.
@@ -284,7 +295,7 @@ class AttentionHalf:
         """
         call, spec = self.call, self.spec
         cos, sin = self._angles()
-        dx = torch.empty_like(dmid) if needs.input else None
+        dx = torch.empty_like(residual) if needs.input else None
         qk_size = spec.q_size + spec.kv_size
         names = [f"self_attn.{name}_norm.weight" for name in "qk"]
         for rows in call.chunks():
@@ -313,10 +324,10 @@ class AttentionHalf:
                     x = self.values["x"][rows]
                     normed = torch.empty_like(dnormed) if needs.projections else None
                     self.norm.backward(
-                        dnormed, x, rows, grads, residual=dmid[rows], dx=dpart, normed=normed
+                        dnormed, x, rows, grads, residual=residual[rows], dx=dpart, normed=normed
                     )
                 elif dpart is not None:
-                    torch.add(dmid[rows], dnormed, out=dpart)
+                    torch.add(residual[rows], dnormed, out=dpart)
             if needs.projections:
                 normed = self._normed(rows) if normed is None else normed
                 self.qkv.backward_weights(dqkv, u, normed, rows, grads)

@@ -327,7 +327,7 @@ class NormUse:
             x: `[rows, width]`.
             rows: which rows these are.
             residual: added; the sum goes to `out`, which is then the result.
-            out: see residual.
+            out: where the result goes, in its dtype; None: a fresh tensor.
         """
         if self.statistics is None:
             tokens = self.call.batch_size * self.call.seq_len
@@ -335,6 +335,8 @@ class NormUse:
                 self.spec.statistics, tokens, dtype=accumulate_dtype(x.dtype)
             )
         statistics, dtype = self.statistics[:, rows], self.call.compute_dtype
+        if out is not None and residual is None:
+            dtype = out.dtype
         ops, given = self.call.ops, (self.weight, self.bias, self.spec)
         if self.known:
             return ops.norm_apply(x, statistics, *given, dtype, residual=residual, out=out)
@@ -384,6 +386,7 @@ class Branch:
     """The end of a half: output projection, post-norm, dropout, residual.
 
         out = residual + dropout(post_norm(x W^T + b))
+        out = post_norm(residual + dropout(x W^T + b))      where the norm follows the residual
 
     Args:
         call: the call.
@@ -411,6 +414,7 @@ class Branch:
         self.post = (
             NormUse(call, weights, f"{half}_post_norm", kept) if call.spec.post_norm else None
         )
+        self.after_residual = call.spec.norm_after_residual
         self.p = call.spec.residual_dropout if call.dropout else 0.0
         self.seed = seed
         self.site = SITES[half]
@@ -422,12 +426,27 @@ class Branch:
         [pair] = self.low_rank.forward(x, rows)
         return add_product(y, pair)
 
-    def project(self, x: Tensor, rows: slice) -> Tensor:
-        """`x W^T + b`, `[rows, h]`, with the adapters."""
+    def _linear(self, x: Tensor, rows: slice) -> Tensor:
+        """`x W^T + b` with the adapters, `[rows, h]`."""
         return self._add_adapters(matmul_transposed(x, self.weight, self.bias), x, rows)
 
+    def project(self, x: Tensor, residual: Tensor | None, rows: slice) -> Tensor:
+        """What the post-norm reads, `[rows, h]`.
+
+        Args:
+            x: `[rows, in]`, the projection's input.
+            residual: `[rows, h]`; only a norm that follows the residual needs it.
+            rows: which rows these are.
+        """
+        if not self.after_residual:
+            return self._linear(x, rows)
+        assert residual is not None
+        total = torch.empty_like(residual)
+        self.forward(residual, x, rows, total)
+        return total
+
     def forward(self, residual: Tensor, x: Tensor, rows: slice, out: Tensor) -> None:
-        """Write the half's output for some rows, where no norm follows the projection.
+        """Write the sum of projection and residual for some rows: where no norm follows, the end.
 
         Args:
             residual: `[rows, h]`.
@@ -436,14 +455,25 @@ class Branch:
             out: `[rows, h]`, written.
         """
         if self.p:
-            torch.add(residual, self._drop(self.project(x, rows), rows), out=out)
+            torch.add(residual, self._drop(self._linear(x, rows), rows), out=out)
         else:
             linear_add(residual, x, self.weight, self.bias, out)
             self._add_adapters(out, x, rows)
 
-    def add(self, residual: Tensor, projected: Tensor, rows: slice, out: Tensor) -> None:
-        """Write `residual + dropout(post_norm(projected))` into `out`; `projected` stays."""
+    def finish(self, projected: Tensor, residual: Tensor | None, rows: slice, out: Tensor) -> None:
+        """Write the half's output from what the post-norm reads, which stays as it is.
+
+        Args:
+            projected: `[rows, h]`, what `project` gave.
+            residual: `[rows, h]`; None where it is in that already.
+            rows: which rows these are.
+            out: `[rows, h]`, written.
+        """
         assert self.post is not None
+        if self.after_residual:
+            self.post.apply(projected, rows, out=out)
+            return
+        assert residual is not None
         if self.p:
             torch.add(residual, self._drop(self.post.apply(projected, rows), rows), out=out)
         else:
@@ -455,7 +485,13 @@ class Branch:
         return dropout_rows_(y, self.seed, self.p, rows.start, self.site)
 
     def backward(
-        self, dz: Tensor, projected: Tensor | None, rows: slice, needs: Needs, grads: WeightGrads
+        self,
+        dz: Tensor,
+        projected: Tensor | None,
+        rows: slice,
+        needs: Needs,
+        grads: WeightGrads,
+        dsum: Tensor | None = None,
     ) -> Tensor | None:
         """Back through dropout and post-norm, to the output of the projection.
 
@@ -465,14 +501,22 @@ class Branch:
             rows: which rows these are.
             needs: what the half has to give.
             grads: where the gradients of post-norm and bias go.
+            dsum: `[rows, h]`, where the norm follows the residual: written with the gradient of
+                their sum; None where it is not wanted.
 
         Returns:
             `[rows, h]`, or None where nothing before the post-norm wants a gradient.
         """
+        if self.after_residual:
+            assert self.post is not None and projected is not None
+            self.post.backward(dz, projected, rows, grads, dx=dsum)
+            if dsum is None:
+                return None
+            dz = dsum
         dy = dz.to(self.weight.dtype)
         if self.p:
             dy = self._drop(dy.clone() if dy is dz else dy, rows)
-        if self.post is not None:
+        if self.post is not None and not self.after_residual:
             assert projected is not None
             dprojected = torch.empty_like(dy) if needs.branch else None
             self.post.backward(dy, projected, rows, grads, dx=dprojected)

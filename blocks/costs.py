@@ -155,10 +155,11 @@ def _passes(
     yield from (("forward", name, 2 * h) for name in ("attn_norm", "ffn_norm") if spec.pre_norm)
     if rotates:
         yield "forward", "qk_rope", 2 * qk
-    if spec.post_norm:  # with the residual
-        yield from (("forward", name, 3 * h) for name in ("attn_post_norm", "ffn_post_norm"))
+    if spec.post_norm:
+        width = (2 if spec.norm_after_residual else 3) * h  # with the residual
+        yield from (("forward", name, width) for name in ("attn_post_norm", "ffn_post_norm"))
         if ffn.anything and "mid" not in rebuilt:
-            yield "recompute", "attn_post_norm", 3 * h
+            yield "recompute", "attn_post_norm", width
     for half, needs, first in (("ffn", ffn, "preact"), ("attn", attn, "qkv")):
         if spec.pre_norm and first in rebuilt:
             yield "recompute", f"{half}_norm", 2 * h

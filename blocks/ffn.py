@@ -88,7 +88,7 @@ class FFNHalf:
         layout = {
             "preact": (spec.preact_size, FP8 if "preact_scales" in keep else compute),
             "preact_scales": (spec.preact_scales, torch.float32),
-            "ffn_branch": (spec.hidden_size, compute),
+            "ffn_branch": (spec.hidden_size, mid.dtype if spec.norm_after_residual else compute),
         }
         out = {
             name: mid.new_empty(len(mid), width, dtype=dtype)
@@ -99,7 +99,7 @@ class FFNHalf:
         for rows in call.chunks():
             part = mid[rows]
             if "ffn_branch" in kept:
-                self.branch.add(part, kept["ffn_branch"][rows], rows, z[rows])
+                self.branch.finish(kept["ffn_branch"][rows], part, rows, z[rows])
                 continue
             if "preact" in kept and "preact_scales" not in kept:
                 hidden = ops.activation_forward(kept["preact"][rows], *self.activation)
@@ -114,8 +114,8 @@ class FFNHalf:
             if self.branch.post is None:
                 self.branch.forward(part, hidden, rows, z[rows])
                 continue
-            projected = self.branch.project(hidden, rows)
-            self.branch.add(part, projected, rows, z[rows])
+            projected = self.branch.project(hidden, part, rows)
+            self.branch.finish(projected, part, rows, z[rows])
             if "ffn_branch" in out:
                 out["ffn_branch"][rows] = projected
         norms = {"ffn_norm_stats": self.norm, "ffn_post_norm_stats": self.branch.post}
@@ -161,8 +161,11 @@ class FFNHalf:
                     hidden = call.ops.ffn_up(
                         *self._up(normed), products=self.ups.products(normed, rows), preact=preact
                     )
-                    projected = self.branch.project(hidden, rows)
-            dy = self.branch.backward(dz[rows], projected, rows, needs, grads)
+                    projected = self.branch.project(hidden, part, rows)
+            residual, dsum = dz[rows], None
+            if spec.norm_after_residual and needs.branch:
+                residual = dsum = torch.empty_like(residual)
+            dy = self.branch.backward(dz[rows], projected, rows, needs, grads, dsum)
             if dy is None or not (needs.inner or needs.out):
                 continue
             u = self.branch.narrow(dy, needs.inner, grads)
@@ -181,7 +184,7 @@ class FFNHalf:
             if needs.inner:
                 hidden = None
                 dpart = None if dmid is None else dmid[rows]
-                self._backward_input(dpreact, part, normed, dz[rows], dpart, rows, needs, grads)
+                self._backward_input(dpreact, part, normed, residual, dpart, rows, needs, grads)
         return dmid
 
     def _backward_activation(
@@ -221,7 +224,7 @@ class FFNHalf:
         dpreact: Tensor,
         mid: Tensor | None,
         normed: Tensor | None,
-        dz: Tensor,
+        residual: Tensor,
         dmid: Tensor | None,
         rows: slice,
         needs: Needs,
@@ -236,9 +239,11 @@ class FFNHalf:
                 again = None
                 if needs.projections and normed is None:
                     normed = again = torch.empty_like(dnormed)
-                self.norm.backward(dnormed, mid, rows, grads, residual=dz, dx=dmid, normed=again)
+                self.norm.backward(
+                    dnormed, mid, rows, grads, residual=residual, dx=dmid, normed=again
+                )
             elif dmid is not None:
-                torch.add(dz, dnormed, out=dmid)
+                torch.add(residual, dnormed, out=dmid)
         if needs.projections:
             if normed is None:
                 assert mid is not None

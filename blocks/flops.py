@@ -120,7 +120,7 @@ def block_matmuls(
         elements = tokens * (depth + columns + fused) + depth * columns
         return Matmul(phase, name, 2 * tokens * depth * columns, elements)
 
-    residual = 0 if spec.post_norm else h  # added by the GEMM
+    residual = 0 if spec.post_norm and not spec.norm_after_residual else h  # added by the GEMM
     heads = tokens * (spec.qkv_size + out)
     stored = preact if "preact" in kept else 0
     forward = {

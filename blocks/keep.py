@@ -12,11 +12,13 @@ Kept tensors and their shapes, for `n` tokens:
     attn_out          [n, q]        with lse: fp32, one a head and token
     mid               [n, h]        in the residual's dtype
     attn_branch       [n, h]        with a post-norm, in place of mid: the output projection
-                                    before that norm; mid is rebuilt from it without a GEMM
+                                    before that norm, or what a norm after the residual reads:
+                                    its sum with x, in the residual's dtype; mid is rebuilt from
+                                    it without a GEMM
     preact            [n, 2f or f]  in e4m3 if the action is fp8
     preact_scales     [n, tiles]    with a preact in e4m3: fp32, one a 1 x 128 tile
     ffn_branch        [n, h]        with a post-norm, beside preact: the down projection before
-                                    that norm
+                                    that norm, or its sum with mid
     <norm>_stats      [1 or 2, n]   rstd (and mean) of each norm that is read again, fp32
 """
 
@@ -186,7 +188,11 @@ def attention_reads(spec: BlockSpec, policy: Policy, needs: Needs, read_mid: boo
         rebuild_qkv = read("qkv", "qkv")
     normed = needs.projections or rebuild_qkv
     normed_backward = spec.pre_norm and (needs.input or needs.norm)
-    if normed or normed_backward or (read_mid and (rebuild_middle or spec.post_norm)):
+    if spec.norm_after_residual:
+        residual = rebuild_middle
+    else:
+        residual = read_mid and (rebuild_middle or spec.post_norm)
+    if normed or normed_backward or residual:
         kept.add("x")
     if spec.pre_norm and (normed or normed_backward):
         kept.add("attn_norm_stats")

@@ -148,6 +148,7 @@ def _everything(
     compute = autocast_dtype if autocast_dtype and dtype != torch.float64 else dtype
     stats = accumulate_dtype(dtype).itemsize * (2 if spec.norm == "layernorm" else 1)
     post_stats = accumulate_dtype(compute).itemsize * (2 if spec.norm == "layernorm" else 1)
+    branch = dtype if spec.norm_after_residual else compute
     per_token = {
         "x": spec.hidden_size * dtype.itemsize,
         "qkv": spec.qkv_size * compute.itemsize,
@@ -155,8 +156,8 @@ def _everything(
         "mid": spec.hidden_size * dtype.itemsize,
         "preact": spec.preact_size * (1 if parsed.preact == "fp8" else compute.itemsize),
         "preact_scales": spec.preact_scales * torch.float32.itemsize,
-        "attn_branch": spec.hidden_size * compute.itemsize,
-        "ffn_branch": spec.hidden_size * compute.itemsize,
+        "attn_branch": spec.hidden_size * branch.itemsize,
+        "ffn_branch": spec.hidden_size * branch.itemsize,
         "lse": spec.num_attention_heads * accumulate_dtype(compute).itemsize,
         "attn_norm_stats": stats,
         "ffn_norm_stats": stats,

@@ -3,6 +3,8 @@
     mid = x   + [residual dropout][post-norm] Wo attention(rope(qk_norm(Wqkv [pre-norm] x)))
     z   = mid + [residual dropout][post-norm] Wdown(act(Wgate n) * (Wup n)),   n = [pre-norm] mid
 
+The original transformer's norms stand on the sums instead: `mid = norm(x + ...)`.
+
 Every family is a choice of the fields below; none is a subclass. Sizes have Hugging Face's names,
 and so have the parameters: a Hugging Face layer's `state_dict` loads as it is.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from backfuse.kernels.reference.activation import ACTIVATIONS
 from backfuse.kernels.reference.fp8 import scale_count
@@ -22,7 +24,7 @@ from backfuse.kernels.reference.qk_rope import QKSpec
 from .errors import nearest
 
 Norm = Literal["rmsnorm", "layernorm"]
-NormPosition = Literal["pre", "post", "both"]
+NormPosition = Literal["pre", "post", "both", "after_residual"]
 QKNorm = Literal["head", "full"]
 RopeLayout = Literal["half", "interleaved"]
 
@@ -80,7 +82,8 @@ class BlockSpec:
         norm_round_first: whether the normalised value is rounded to the input's dtype before it
             meets the weight (Llama) or after (Gemma, OLMo 2, LayerNorm); None: by the norm.
         norm_position: `"pre"`: before each half; `"post"`: on each half's output, before the
-            residual is added (OLMo 2); `"both"` (Gemma 2).
+            residual is added (OLMo 2); `"both"` (Gemma 2); `"after_residual"`: on the sum of each
+            half's output and the residual (the original transformer, BERT).
         hidden_act: `silu`, `gelu` (erf), `gelu_tanh`, `relu`, `relu2`; Hugging Face's names too.
         gated: whether the FFN has a gate (SwiGLU, GeGLU).
         qkv_bias: whether q, k and v have biases; o_bias, up_bias (gate and up), down_bias likewise.
@@ -152,7 +155,7 @@ class BlockSpec:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected a positive integer")
         choose("norm", self.norm, ("rmsnorm", "layernorm"))
-        choose("norm_position", self.norm_position, ("pre", "post", "both"))
+        choose("norm_position", self.norm_position, get_args(NormPosition))
         choose("qk_norm", self.qk_norm, (None, "head", "full"))
         choose("rope", self.rope, (None, "half", "interleaved"))
         choose("hidden_act", self.hidden_act, tuple(HIDDEN_ACTS))
@@ -283,12 +286,17 @@ class BlockSpec:
     @cached_property
     def pre_norm(self) -> bool:
         """Whether a norm stands before each half."""
-        return self.norm_position != "post"
+        return self.norm_position in ("pre", "both")
 
     @cached_property
     def post_norm(self) -> bool:
-        """Whether a norm stands on each half's output."""
+        """Whether a norm stands at the end of each half, before or after the residual is added."""
         return self.norm_position != "pre"
+
+    @cached_property
+    def norm_after_residual(self) -> bool:
+        """Whether that norm reads the sum with the residual."""
+        return self.norm_position == "after_residual"
 
     def __hash__(self) -> int:
         return self._hash
@@ -320,7 +328,7 @@ class BlockSpec:
             "attn_post_norm": "post_attention_layernorm",
             "ffn_post_norm": "post_feedforward_layernorm",
         }
-        if self.norm_position == "post":
+        if not self.pre_norm:
             return post
         return {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **post}
 

@@ -33,6 +33,11 @@ FAMILIES = {
     "geglu-layernorm-post": BlockSpec(
         32, 48, 4, 2, norm="layernorm", norm_position="both", hidden_act="gelu", up_bias=True,
     ),
+    "bert": BlockSpec(
+        32, 48, 4, norm="layernorm", norm_position="after_residual", norm_eps=1e-12,
+        hidden_act="gelu", gated=False, rope=None, causal=False, qkv_bias=True, o_bias=True,
+        up_bias=True, down_bias=True, attention_dropout=0.1, residual_dropout=0.1,
+    ),
     "odd-sizes": BlockSpec(30, 45, 3, 1, head_dim=10, qkv_bias=True),
     "sinks-and-wide-values": BlockSpec(
         32, 48, 4, 2, v_head_dim=20, attention_sinks=True, sliding_window=9, qkv_bias=True,
