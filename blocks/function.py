@@ -32,6 +32,7 @@ from .lora import (
     Adapters,
     AdaptersLike,
     adapter_parameters,
+    all_parameters,
     parse_adapters,
     without_dropout,
 )
@@ -144,6 +145,7 @@ def block(
     spec: BlockSpec,
     policy: Policy,
     *,
+    adapters: Adapters = (),
     offload_dir: Path | None = None,
     **options: Any,
 ) -> Tensor:
@@ -151,9 +153,10 @@ def block(
 
     Args:
         hidden_states: `[batch, seq_len, hidden_size]`.
-        weights: the tensors `spec.parameters()` names, by those names.
+        weights: the tensors `spec.parameters()` and `adapter_parameters` name, by those names.
         spec: the block.
         policy: what it keeps; it has to keep `x`.
+        adapters: of its projections, with the dropout that is active.
         offload_dir: folder of the files that offloaded tensors go to; None: host memory.
         options: see `TransformerBlock` and its `forward`; `training`: whether dropout is active.
 
@@ -165,11 +168,12 @@ def block(
         ValueError: for a wrong shape, value or device.
     """
     call, inputs = prepare(
-        spec, hidden_states, lossy=policy.lossy, offload_dir=offload_dir, **options
-    )
-    weights = check_weights(weights, spec.parameters(), hidden_states, call)
+        spec, hidden_states, lossy=policy.lossy, offload_dir=offload_dir, adapters=[adapters],
+        **options,
+    )  # fmt: skip
+    weights = check_weights(weights, all_parameters(spec, adapters), hidden_states, call)
     [policy] = effective_policies([policy]) or [KEEP]
-    layer = Layer(policy, tuple(weights), wanted_names(hidden_states, weights))
+    layer = Layer(policy, tuple(weights), wanted_names(hidden_states, weights), adapters)
     return run_job(RunJob(call, (layer,), 0), inputs, hidden_states, list(weights.values()))
 
 

@@ -131,6 +131,12 @@ def adapter_parameters(
     return found
 
 
+@cache
+def all_parameters(spec: BlockSpec, adapters: Adapters) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of the block, and of its adapters; not to be changed."""
+    return {**spec.parameters(), **adapter_parameters(spec, adapters)}
+
+
 def drops(adapters: Adapters) -> bool:
     """Whether any of the adapters drops out."""
     return any(lora.dropout > 0 for _, several in adapters for lora in several)
