@@ -210,13 +210,17 @@ class AttentionHalf:
             self.values["mid"] = mid
         return self.values["mid"]
 
-    def backward(self, dmid: Tensor, needs: Needs, grads: WeightGrads) -> Tensor | None:
+    def backward(
+        self, dmid: Tensor, needs: Needs, grads: WeightGrads, dsum: Tensor | None = None
+    ) -> Tensor | None:
         """The gradient of x, and those of the weights.
 
         Args:
             dmid: `[tokens, h]`, the gradient of the half's output; only read.
             needs: what this half has to give.
             grads: where the weights' gradients go.
+            dsum: `[tokens, h]`, what x gets beside the half's gradient; None: dmid, or what comes
+                through a norm after the residual.
 
         Returns:
             `[tokens, h]` in dmid's dtype, or None where x wants none.
@@ -225,13 +229,14 @@ class AttentionHalf:
         tokens = dmid.shape[0]
         attn_out = self.attn_out() if needs.inner or needs.out else None
         dout = dmid.new_empty(tokens, spec.attn_out_size, dtype=call.compute_dtype)
-        residual = dmid
-        if spec.norm_after_residual and needs.branch:
-            residual = torch.empty_like(dmid)
+        residual = dmid if dsum is None else dsum
+        after = torch.empty_like(dmid) if spec.norm_after_residual and needs.branch else None
+        if after is not None:
+            residual = after
         for rows in call.chunks():
             projected = self.projected()[rows] if spec.post_norm else None
-            dsum = None if residual is dmid else residual[rows]
-            dy = self.branch.backward(dmid[rows], projected, rows, needs, grads, dsum)
+            place = None if after is None else after[rows]
+            dy = self.branch.backward(dmid[rows], projected, rows, needs, grads, place)
             if dy is not None and attn_out is not None:
                 u = self.branch.narrow(dy, needs.inner, grads)
                 if needs.out:

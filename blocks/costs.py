@@ -28,7 +28,7 @@ import torch
 from .devices import Device
 from .devices import device as device_named
 from .flops import block_matmuls
-from .keep import INPUT, block_reads, half_needs
+from .keep import block_needs, block_reads
 from .lora import Adapters, AdaptersLike, parse_adapters
 from .memory import check_dtype, check_sizes, host_bytes, kept_bytes, wanted_set
 from .policy import ACTIVATION_NAMES, Policy, PolicyLike
@@ -151,15 +151,14 @@ def _passes(
     h, out, qk = spec.hidden_size, spec.attn_out_size, spec.q_size + spec.kv_size
     rotates = spec.rope is not None or spec.qk_norm is not None
     rebuilt = block_reads(spec, policy, wanted).rebuilt
-    attn = half_needs(spec, "attn", wanted, INPUT in wanted)
-    ffn = half_needs(spec, "ffn", wanted, attn.anything)
+    attn, ffn = block_needs(spec, wanted)
     yield from (("forward", name, 2 * h) for name in ("attn_norm", "ffn_norm") if spec.pre_norm)
     if rotates:
         yield "forward", "qk_rope", 2 * qk
     if spec.post_norm:
         width = (2 if spec.norm_after_residual else 3) * h  # with the residual
         yield from (("forward", name, width) for name in ("attn_post_norm", "ffn_post_norm"))
-        if ffn.anything and "mid" not in rebuilt:
+        if ffn.anything and "mid" not in rebuilt and not spec.parallel_residual:
             yield "recompute", "attn_post_norm", width
     for half, needs, first in (("ffn", ffn, "preact"), ("attn", attn, "qkv")):
         if spec.pre_norm and first in rebuilt:

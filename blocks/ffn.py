@@ -70,14 +70,15 @@ class FFNHalf:
         return (normed, self.ups.weights, self.ups.biases, *self.activation)
 
     def forward(
-        self, mid: Tensor, keep: Set[str] = frozenset()
+        self, mid: Tensor, residual: Tensor, keep: Set[str] = frozenset()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The half's output, the first time or again: what was kept is read, not computed.
 
         A preact kept in eight bits is not read here: the output has to be the first one's.
 
         Args:
-            mid: `[tokens, h]`.
+            mid: `[tokens, h]`, the half's input; with a parallel residual that is x.
+            residual: `[tokens, h]`, what the half's output is added to.
             keep: names to leave in the second result.
 
         Returns:
@@ -97,14 +98,14 @@ class FFNHalf:
         }
         z = torch.empty_like(mid)
         for rows in call.chunks():
-            part = mid[rows]
+            beside = residual[rows]
             if "ffn_branch" in kept:
-                self.branch.finish(kept["ffn_branch"][rows], part, rows, z[rows])
+                self.branch.finish(kept["ffn_branch"][rows], beside, rows, z[rows])
                 continue
             if "preact" in kept and "preact_scales" not in kept:
                 hidden = ops.activation_forward(kept["preact"][rows], *self.activation)
             else:
-                normed = self._normed(part, rows)
+                normed = self._normed(mid[rows], rows)
                 hidden = ops.ffn_up(
                     *self._up(normed),
                     products=self.ups.products(normed, rows),
@@ -112,10 +113,10 @@ class FFNHalf:
                     scales=out["preact_scales"][rows] if "preact_scales" in out else None,
                 )
             if self.branch.post is None:
-                self.branch.forward(part, hidden, rows, z[rows])
+                self.branch.forward(beside, hidden, rows, z[rows])
                 continue
-            projected = self.branch.project(hidden, part, rows)
-            self.branch.finish(projected, part, rows, z[rows])
+            projected = self.branch.project(hidden, beside, rows)
+            self.branch.finish(projected, beside, rows, z[rows])
             if "ffn_branch" in out:
                 out["ffn_branch"][rows] = projected
         norms = {"ffn_norm_stats": self.norm, "ffn_post_norm_stats": self.branch.post}
@@ -130,13 +131,13 @@ class FFNHalf:
         """The gradient of mid, and those of the weights.
 
         Args:
-            mid: `[tokens, h]`; None where nothing reads it.
+            mid: `[tokens, h]`, the half's input; None where nothing reads it.
             dz: `[tokens, h]`, the gradient of the half's output; only read.
             needs: what this half has to give.
             grads: where the weights' gradients go.
 
         Returns:
-            `[tokens, h]` in dz's dtype, or None where mid wants none.
+            `[tokens, h]` in dz's dtype, dz included, or None where mid wants none.
         """
         call, spec, kept = self.call, self.spec, self.kept
         dmid = torch.empty_like(dz) if needs.input else None
@@ -152,7 +153,7 @@ class FFNHalf:
             scales = kept["preact_scales"][rows] if "preact_scales" in kept else None
             normed = hidden = projected = None
             if part is not None and reads_preact and preact is None:
-                normed = self._normed(part, rows)
+                normed = self._normed(mid[rows], rows)
             if post is not None:
                 if normed is None:
                     projected = kept["ffn_branch"][rows]

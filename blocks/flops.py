@@ -28,7 +28,7 @@ from backfuse.kernels.reference.cpu_attention import CPU
 from backfuse.kernels.reference.explicit_attention import AttentionMask, score_flops
 
 from .errors import nearest
-from .keep import INPUT, Needs, block_reads, half_needs
+from .keep import Needs, block_needs, block_reads
 from .lora import Adapters, AdaptersLike, all_parameters, parse_adapters
 from .memory import check_dtype, check_sizes, wanted_set
 from .policy import Policy, PolicyLike
@@ -139,8 +139,7 @@ def block_matmuls(
     names = {branches.get(name, name) for name in rebuilt}
     found += [replace(again[name], phase="recompute") for name in again if name in names]
 
-    attn = half_needs(spec, "attn", wanted, INPUT in wanted)
-    ffn = half_needs(spec, "ffn", wanted, attn.anything)
+    attn, ffn = block_needs(spec, wanted)
     if ffn.inner:  # reads preact, writes its gradient and the activated hidden
         found.append(gemm("backward", "down_input", f, h, 2 * preact))
         if ffn.input or ffn.norm:

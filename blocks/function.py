@@ -216,7 +216,7 @@ class HalfJob:
     def forward(self, x: Tensor, weights: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, Kept]:
         named, keep = self._cast(weights), self.keep
         if self.half == "ffn":
-            z, kept = FFNHalf(self.call, named, inputs, {}, self.adapters).forward(x, keep)
+            z, kept = FFNHalf(self.call, named, inputs, {}, self.adapters).forward(x, x, keep)
             if "mid" in keep:
                 kept["mid"] = x
             return z, kept

@@ -10,7 +10,8 @@ Kept tensors and their shapes, for `n` tokens:
     x                 [n, h]        block input, in the residual's dtype
     qkv               [n, q + 2kv]  in the compute dtype
     attn_out          [n, q]        with lse: fp32, one a head and token
-    mid               [n, h]        in the residual's dtype
+    mid               [n, h]        in the residual's dtype; with a parallel residual nobody reads
+                                    it again, and no policy keeps it: the FFN reads x
     attn_branch       [n, h]        with a post-norm, in place of mid: the output projection
                                     before that norm, or what a norm after the residual reads:
                                     its sum with x, in the residual's dtype; mid is rebuilt from
@@ -92,6 +93,21 @@ def half_needs(spec: BlockSpec, half: str, wanted: frozenset[str], need_input: b
         branch=inner or bool(out),
         post=post_norm,
     )
+
+
+@cache
+def block_needs(spec: BlockSpec, wanted: frozenset[str]) -> tuple[Needs, Needs]:
+    """What the backward passes of both halves have to give: the attention's, the FFN's.
+
+    Args:
+        spec: the block.
+        wanted: names of what wants a gradient, `INPUT` for the block's input.
+    """
+    need_input = INPUT in wanted
+    attn = half_needs(spec, "attn", wanted, need_input)
+    if not spec.parallel_residual:
+        need_input = attn.anything
+    return attn, half_needs(spec, "ffn", wanted, need_input)
 
 
 #: Kept tensors that may be offloaded -> the activation whose action says so. LSE, the norms'
@@ -208,7 +224,11 @@ def block_reads(spec: BlockSpec, policy: Policy, wanted: frozenset[str]) -> Read
         policy: what it keeps. `x` counts as kept: dropping it is its segment's business.
         wanted: names that need a gradient: parameters, and `INPUT` for the block's input.
     """
-    attn = half_needs(spec, "attn", wanted, INPUT in wanted)
-    ffn = ffn_reads(spec, policy, half_needs(spec, "ffn", wanted, attn.anything))
-    own = attention_reads(spec, policy, attn, "mid" in ffn.kept)
-    return Reads((ffn.kept - {"mid"}) | own.kept, ffn.rebuilt | own.rebuilt)
+    attn_needs, ffn_needs = block_needs(spec, wanted)
+    ffn = ffn_reads(spec, policy, ffn_needs)
+    read = "mid" in ffn.kept
+    attn = attention_reads(spec, policy, attn_needs, read and not spec.parallel_residual)
+    of_ffn = ffn.kept - {"mid"}
+    if read and spec.parallel_residual:
+        of_ffn |= {"x"}
+    return Reads(of_ffn | attn.kept, ffn.rebuilt | attn.rebuilt)

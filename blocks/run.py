@@ -11,7 +11,7 @@ from torch import Tensor
 from .attention import AttentionHalf
 from .call import Call, Inputs, WeightGrads, Weights, cast_weights
 from .ffn import FFNHalf
-from .keep import INPUT, block_reads, ffn_reads, half_needs, offloaded
+from .keep import INPUT, block_needs, block_reads, ffn_reads, offloaded
 from .lora import Adapters
 from .policy import Policy
 
@@ -83,30 +83,38 @@ class LayerPass:
         mid = attn.mid()
         kept = {name: attn.values[name] for name in keep & attn.values.keys()}
         del attn
-        z, of_ffn = self._ffn(weights).forward(mid, keep)
+        ffn_input = self._ffn_input(x, mid)
+        z, of_ffn = self._ffn(weights).forward(ffn_input, mid, keep)
         return z, kept | of_ffn
 
     def output(self, x: Tensor) -> Tensor:
         """The block's output again, computing only what is not kept."""
         weights = self._cast()
-        return self._ffn(weights).forward(self._attention(weights, x).mid())[0]
+        mid = self._attention(weights, x).mid()
+        return self._ffn(weights).forward(self._ffn_input(x, mid), mid)[0]
+
+    def _ffn_input(self, x: Tensor, mid: Tensor) -> Tensor:
+        return x if self.call.spec.parallel_residual else mid
 
     def backward(self, x: Tensor | None, dz: Tensor | None) -> Gradients:
         """The gradient of the input, and those of the weights; None where not wanted."""
         call, layer = self.call, self.layer
         grads = WeightGrads(call.ops, layer.wanted)
-        attn_needs = half_needs(call.spec, "attn", layer.wanted, INPUT in layer.wanted)
-        ffn_needs = half_needs(call.spec, "ffn", layer.wanted, attn_needs.anything)
+        attn_needs, ffn_needs = block_needs(call.spec, layer.wanted)
         dx = None
         if dz is not None and (attn_needs.anything or ffn_needs.anything):
             weights = self._cast()
             attn, ffn = self._attention(weights, x), self._ffn(weights)
             reads_mid = "mid" in ffn_reads(call.spec, layer.policy, ffn_needs).kept
-            dmid = ffn.backward(attn.mid() if reads_mid else None, dz, ffn_needs, grads)
+            if call.spec.parallel_residual:
+                dsum = ffn.backward(x, dz, ffn_needs, grads) if ffn_needs.anything else None
+                dmid = dz if attn_needs.anything else None
+            else:
+                dmid = dsum = ffn.backward(attn.mid() if reads_mid else None, dz, ffn_needs, grads)
             del ffn
             attn.values.pop("mid", None)
             if dmid is not None:
-                dx = attn.backward(dmid, attn_needs, grads)
+                dx = attn.backward(dmid, attn_needs, grads, dsum)
         return dx, grads.take(layer.names, self.weights)
 
 

@@ -3,7 +3,8 @@
     mid = x   + [residual dropout][post-norm] Wo attention(rope(qk_norm(Wqkv [pre-norm] x)))
     z   = mid + [residual dropout][post-norm] Wdown(act(Wgate n) * (Wup n)),   n = [pre-norm] mid
 
-The original transformer's norms stand on the sums instead: `mid = norm(x + ...)`.
+The original transformer's norms stand on the sums instead: `mid = norm(x + ...)`. With a parallel
+residual both halves read x: `n = [pre-norm] x`.
 
 Every family is a choice of the fields below; none is a subclass. Sizes have Hugging Face's names,
 and so have the parameters: a Hugging Face layer's `state_dict` loads as it is.
@@ -48,7 +49,8 @@ HIDDEN_ACTS = {
 #: Fields that are either on or off.
 FLAGS = (
     "norm_bias", "norm_round_first", "gated", "qkv_bias", "o_bias", "up_bias", "down_bias",
-    "causal", "attention_sinks", "stacked_qkv", "stacked_gate_up",
+    "causal", "attention_sinks", "stacked_qkv", "stacked_gate_up", "parallel_residual",
+    "shared_norm",
 )  # fmt: skip
 
 
@@ -84,6 +86,9 @@ class BlockSpec:
         norm_position: `"pre"`: before each half; `"post"`: on each half's output, before the
             residual is added (OLMo 2); `"both"` (Gemma 2); `"after_residual"`: on the sum of each
             half's output and the residual (the original transformer, BERT).
+        parallel_residual: whether the FFN reads the block's input, as the attention does, and not
+            the attention's result (GPT-NeoX).
+        shared_norm: with a parallel residual: whether one norm stands before both halves (GPT-J).
         hidden_act: `silu`, `gelu` (erf), `gelu_tanh`, `relu`, `relu2`; Hugging Face's names too.
         gated: whether the FFN has a gate (SwiGLU, GeGLU).
         qkv_bias: whether q, k and v have biases; o_bias, up_bias (gate and up), down_bias likewise.
@@ -123,6 +128,8 @@ class BlockSpec:
     norm_offset: float = 0.0
     norm_round_first: bool = _UNSET
     norm_position: NormPosition = "pre"
+    parallel_residual: bool = False
+    shared_norm: bool = False
     hidden_act: str = "silu"
     gated: bool = True
     qkv_bias: bool = False
@@ -212,6 +219,16 @@ class BlockSpec:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.stacked_gate_up and not self.gated:
             raise ValueError("stacked_gate_up is True, expected False for an FFN without a gate")
+        if self.parallel_residual and self.norm_after_residual:
+            raise ValueError(
+                "norm_position is 'after_residual', expected another one with parallel_residual: "
+                "there is no sum between the halves"
+            )
+        if self.shared_norm and not (self.parallel_residual and self.pre_norm):
+            raise ValueError(
+                "shared_norm is True, expected False without parallel_residual or a norm before "
+                "the halves: they read different things"
+            )
 
     def _resolve(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -322,15 +339,21 @@ class BlockSpec:
     @cached_property
     def norm_names(self) -> dict[str, str]:
         """Role of each norm -> Hugging Face's name for it."""
+        if self.shared_norm:
+            pre = {"attn_norm": "input_layernorm", "ffn_norm": "input_layernorm"}
+        elif self.norm_position == "pre":
+            pre = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+        else:
+            pre = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
         if self.norm_position == "pre":
-            return {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+            return pre
         post = {
             "attn_post_norm": "post_attention_layernorm",
             "ffn_post_norm": "post_feedforward_layernorm",
         }
         if not self.pre_norm:
             return post
-        return {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **post}
+        return {**pre, **post}
 
     def _norm_shapes(self, half: str) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}

@@ -38,6 +38,15 @@ FAMILIES = {
         hidden_act="gelu", gated=False, rope=None, causal=False, qkv_bias=True, o_bias=True,
         up_bias=True, down_bias=True, attention_dropout=0.1, residual_dropout=0.1,
     ),
+    "neox": BlockSpec(
+        32, 48, 4, norm="layernorm", parallel_residual=True, hidden_act="gelu", gated=False,
+        qkv_bias=True, o_bias=True, up_bias=True, down_bias=True, rotary_dim=4, stacked_qkv=True,
+        residual_dropout=0.1,
+    ),
+    "gptj": BlockSpec(
+        32, 48, 4, 2, norm="layernorm", norm_bias=False, norm_position="both",
+        parallel_residual=True, shared_norm=True, rope="interleaved",
+    ),
     "odd-sizes": BlockSpec(30, 45, 3, 1, head_dim=10, qkv_bias=True),
     "sinks-and-wide-values": BlockSpec(
         32, 48, 4, 2, v_head_dim=20, attention_sinks=True, sliding_window=9, qkv_bias=True,
