@@ -146,7 +146,7 @@ class LowRank:
     def add_input_gradient(self, u: Tensor, rows: slice, dx: Tensor) -> Tensor:
         """Add the gradient of x to dx, `[rows, in]`, which is the result."""
         if not self.drops:
-            return dx.addmm_(u, self.a)
+            return torch.addmm(dx, u, self.a, out=dx)
         for part in self.parts:
             share = matmul_transposed(u[:, part.columns], part.a.t())
             dx.add_(self._drop(share, part, rows) if part.lora.dropout else share)
@@ -211,4 +211,6 @@ def add_product(y: Tensor, pair: Pair | None) -> Tensor:
     if pair is None:
         return y
     t, b = pair
-    return y.add_(matmul_transposed(t, b)) if y.dtype != t.dtype else y.addmm_(t, b.t())
+    if y.dtype != t.dtype:
+        return y.add_(matmul_transposed(t, b))
+    return torch.addmm(y, t, b.t(), out=y)

@@ -165,9 +165,7 @@ def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
     yield from found
 
 
-def _listed(
-    module: nn.Module, name: str, seen: set[nn.Module]
-) -> Iterator[tuple[str, nn.Module]]:
+def _listed(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """Elements of lists that might be layers, and hold none."""
     in_list = isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict)
     for key, child in module.named_children():

@@ -203,9 +203,7 @@ class Reading:
     def _qk_norm(self, spec: dict[str, Any], q_size: int) -> str | None:
         if not self.qk_norms:
             return None
-        like = NormSpec(
-            "rmsnorm", spec["norm_eps"], spec["norm_offset"], spec["norm_round_first"]
-        )
+        like = NormSpec("rmsnorm", spec["norm_eps"], spec["norm_offset"], spec["norm_round_first"])
         for seen in self.qk_norms:
             if norm_spec(seen.module) != like or getattr(seen.module, "bias", None) is not None:
                 raise NotUnderstood(f"{seen.path} is not an RMSNorm as the block's other norms")
@@ -350,7 +348,9 @@ class Reading:
         self.ffn = []
         fields |= self._dropout_fields()
         norm = self.norms[1]
-        readers = [s for s in self.seen.modules if "." not in s.path and _storage(s.x) == _storage(norm.y)]
+        readers = [
+            s for s in self.seen.modules if "." not in s.path and _storage(s.x) == _storage(norm.y)
+        ]
         if len(readers) != 1:
             raise NotUnderstood("its FFN is not understood, nor which module it is")
         spec = BlockSpec(**fields)

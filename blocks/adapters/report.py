@@ -91,8 +91,6 @@ class PatchReport(Sequence[PatchedLayer]):
     def __str__(self) -> str:
         lines = [("layers", "class", "", "keeps, or why not"), *self._lines()]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines
-        )
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
     __repr__ = __str__

@@ -117,7 +117,9 @@ class _NoDropout(TorchFunctionMode):
                 self.seen.dropped.append((p, bound["input"]))
             return bound["input"]
         if func is F.scaled_dot_product_attention:
-            bound = dict(zip(("query", "key", "value", "attn_mask", "dropout_p"), args, strict=False))
+            bound = dict(
+                zip(("query", "key", "value", "attn_mask", "dropout_p"), args, strict=False)
+            )
             bound |= kwargs
             self.seen.score_dropout.add(float(bound.pop("dropout_p", 0.0)))
             return func(**bound)

@@ -163,7 +163,9 @@ def understand(layer: nn.Module, original: type[nn.Module]) -> Recipe:
         )
     arguments, needed = forward_arguments(original)
     if not arguments or (others := needed - {arguments[0], MASK, ANGLES}):
-        raise NotUnderstood(f"its forward takes {', '.join(sorted(others)) if arguments else 'nothing'}")
+        raise NotUnderstood(
+            f"its forward takes {', '.join(sorted(others)) if arguments else 'nothing'}"
+        )
     width = residual_width(layer)
     copy = stand_in(layer, original)
     causal = any(getattr(module, "is_causal", False) for module in copy.modules())

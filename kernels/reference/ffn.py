@@ -11,6 +11,7 @@ up, and 1 or 2 in backward |
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .activation import activation_backward, activation_forward
@@ -60,7 +61,7 @@ def ffn_up(
     parts = exact.split([weight.shape[0] for weight in weights], -1)
     for part, pair in zip(parts, products, strict=False):
         if pair is not None:
-            part.addmm_(pair[0], pair[1].t())
+            torch.addmm(part, pair[0], pair[1].t(), out=part)
     if preact is not None and scales is not None:
         quantize(exact, 2 if gated else 1, preact, scales)
     return activation_forward(exact, kind, gated) if need_hidden else None
@@ -103,7 +104,7 @@ def ffn_dact(
         preact = dequantize(preact, scales, 2 if gated else 1, dpreact)
     dhidden = matmul_transposed(dy, down.t())
     if product is not None:
-        dhidden.addmm_(*product)
+        torch.addmm(dhidden, *product, out=dhidden)
     if addend is not None:
         dhidden.add_(addend)
     hidden = activation_backward(dhidden, preact, kind, gated, dpreact)
