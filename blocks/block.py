@@ -44,6 +44,24 @@ class Norm(nn.Module):
             nn.init.zeros_(self.bias)
 
 
+class Conv1D(nn.Module):
+    """The parameters of a projection whose weight is transposed; the block does the arithmetic.
+
+    Args:
+        shape: of the weight, `[in, out]`; the bias is `[out]`.
+        bias: whether there is one.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(self, shape: tuple[int, ...], bias: bool, device: Any, dtype: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(shape[1:], device=device, dtype=dtype))
+
+
 def parameter_modules(spec: BlockSpec, device: Any, dtype: Any) -> dict[str, nn.Module]:
     """The modules that hold a block's parameters, by Hugging Face's names."""
     modules: dict[str, nn.Module] = {}
@@ -53,7 +71,9 @@ def parameter_modules(spec: BlockSpec, device: Any, dtype: Any) -> dict[str, nn.
         if kind != "weight":
             continue
         bias = f"{path}.bias" in shapes
-        if len(shape) == 2:
+        if len(shape) == 2 and spec.conv1d:
+            modules[path] = Conv1D(shape, bias, device, dtype)
+        elif len(shape) == 2:
             modules[path] = nn.Linear(shape[1], shape[0], bias=bias, device=device, dtype=dtype)
         else:
             modules[path] = Norm(shape[0], bias, spec.norm_offset, device, dtype)
@@ -136,7 +156,7 @@ class TransformerBlock(nn.Module):
         for module in self.modules():
             if isinstance(module, Norm):
                 module.reset_parameters()
-            elif isinstance(module, nn.Linear):
+            elif isinstance(module, nn.Linear | Conv1D):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -157,7 +177,7 @@ class TransformerBlock(nn.Module):
             module: Any = self
             for step in path:
                 module = None if module is None else module._modules.get(step)
-            if type(module) not in (nn.Linear, Norm) and name != SINKS:
+            if type(module) not in (nn.Linear, Norm, Conv1D) and name != SINKS:
                 module = self._unwrap(".".join(path), module, kind, weights, adapters)
             weights[name] = getattr(module, kind)
         return weights, tuple(adapters.items())
@@ -176,7 +196,7 @@ class TransformerBlock(nn.Module):
             live = unwrap(module)
         except TypeError as error:
             reason, live = str(error), Live(module)
-        if type(live.module) not in (nn.Linear, Norm):
+        if type(live.module) not in (nn.Linear, Norm, Conv1D):
             raise TypeError(
                 f"{path} is a {type(live.module).__name__}, expected a plain torch.nn.Linear "
                 f"(LoRA beside it or not) or the block's own norm: {reason}"

@@ -29,6 +29,7 @@ from backfuse.kernels.reference.linear import (
 from backfuse.kernels.reference.norm import accumulate_dtype
 
 from .keep import Needs
+from .layouts import as_parameter, in_order
 from .lora import Adapters, projections
 from .low_rank import LowRank, Pair, add_product, row_sum, with_adapters_bias
 from .spec import BlockSpec
@@ -132,14 +133,16 @@ class Call:
 Weights = Mapping[str, Tensor]
 
 
-def cast_weights(weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The projections in the compute dtype, made anew for each pass; norms stay as they are.
+def cast_weights(spec: BlockSpec, weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The projections in the compute dtype and in order (see `layouts.py`), anew for each pass.
 
-    Without autocast nothing is copied. A cast is never kept: kept weights are the parameters
-    themselves, so that whoever owns them can free and regather them.
+    Norms stay as they are. Without autocast nothing is copied, but for a QKV that goes by heads. A
+    copy is never kept: kept weights are the parameters themselves, so that whoever owns them can
+    free and regather them.
     """
     return {
-        n: w if w.dtype == dtype or "_proj." not in n else w.to(dtype) for n, w in weights.items()
+        n: in_order(spec, n, w if w.dtype == dtype else w.to(dtype)) if "_proj." in n else w
+        for n, w in weights.items()
     }
 
 
@@ -147,19 +150,29 @@ class WeightGrads:
     """Gradients of parameters, summed over chunks in fp32 (fp64 for fp64).
 
     Args:
-        ops: the kernels, or their reference.
-        wanted: names of the parameters that want one; the others are never computed.
+        call: the call.
+        names: of the parameters.
+        weights: the parameters.
+        wanted: names of those that want one; the others are never computed.
     """
 
-    def __init__(self, ops: Operations, wanted: Set[str]) -> None:
-        self.ops = ops
+    def __init__(
+        self, call: Call, names: Sequence[str], weights: Sequence[Tensor], wanted: Set[str]
+    ) -> None:
+        self.ops, self.spec = call.ops, call.spec
+        self.names, self.weights = names, weights
         self.wanted = wanted
         self.totals: dict[str, Tensor] = {}
+        # with one chunk there is nothing to sum: a share is the gradient, rounded as it is written
+        self.alone = call.batch_size * call.seq_len <= call.chunk_size
 
     def outer(self, name: str, dy: Tensor, x: Tensor) -> None:
         """Add `dy^T x`: a projection's weight."""
         if name in self.wanted:
-            self.totals[name] = self.ops.accumulate_outer(self.totals.get(name), dy, x)
+            if self.spec.conv1d and ".lora_" not in name:  # the parameter is [in, out]
+                dy, x = x, dy
+            dtype = self.weights[self.names.index(name)].dtype if self.alone else None
+            self.totals[name] = self.ops.accumulate_outer(self.totals.get(name), dy, x, dtype)
 
     def rows(self, name: str, dy: Tensor) -> None:
         """Add the sum over rows: a bias."""
@@ -172,12 +185,15 @@ class WeightGrads:
             total = self.totals.get(name)
             self.totals[name] = share if total is None else total.add_(share)
 
-    def take(self, names: Sequence[str], weights: Sequence[Tensor]) -> list[Tensor | None]:
+    def take(self) -> list[Tensor | None]:
         """The finished gradients in their parameters' dtypes, None where none was wanted."""
-        return [
-            self.totals.pop(name).to(weight.dtype) if name in self.totals else None
-            for name, weight in zip(names, weights, strict=True)
-        ]
+        taken: list[Tensor | None] = []
+        for name, weight in zip(self.names, self.weights, strict=True):
+            total = self.totals.pop(name, None)
+            if total is not None and total.dtype != weight.dtype:
+                total = total.to(weight.dtype)
+            taken.append(None if total is None else as_parameter(self.spec, name, total))
+        return taken
 
 
 class Projections:
@@ -385,8 +401,8 @@ class NormUse:
 class Branch:
     """The end of a half: output projection, post-norm, dropout, residual.
 
-        out = residual + dropout(post_norm(x W^T + b))
-        out = post_norm(residual + dropout(x W^T + b))      where the norm follows the residual
+        out = residual + m dropout(post_norm(x W^T + b))
+        out = post_norm(residual + m dropout(x W^T + b))    where the norm follows the residual
 
     Args:
         call: the call.
@@ -415,16 +431,17 @@ class Branch:
             NormUse(call, weights, f"{half}_post_norm", kept) if call.spec.post_norm else None
         )
         self.after_residual = call.spec.norm_after_residual
+        self.factor = call.spec.residual_multiplier
         self.p = call.spec.residual_dropout if call.dropout else 0.0
         self.seed = seed
         self.site = SITES[half]
 
-    def _add_adapters(self, y: Tensor, x: Tensor, rows: slice) -> Tensor:
-        """Add to y what the adapters give for x."""
+    def _add_adapters(self, y: Tensor, x: Tensor, rows: slice, factor: float = 1.0) -> Tensor:
+        """Add to y what the adapters give for x, times a factor."""
         if self.low_rank is None:
             return y
         [pair] = self.low_rank.forward(x, rows)
-        return add_product(y, pair)
+        return add_product(y, pair, factor)
 
     def _linear(self, x: Tensor, rows: slice) -> Tensor:
         """`x W^T + b` with the adapters, `[rows, h]`."""
@@ -455,10 +472,11 @@ class Branch:
             out: `[rows, h]`, written.
         """
         if self.p:
-            torch.add(residual, self._drop(self._linear(x, rows), rows), out=out)
+            projected = self._linear(x, rows)
+            torch.add(residual, self._drop(projected, rows), alpha=self.factor, out=out)
         else:
-            linear_add(residual, x, self.weight, self.bias, out)
-            self._add_adapters(out, x, rows)
+            linear_add(residual, x, self.weight, self.bias, out, self.factor)
+            self._add_adapters(out, x, rows, self.factor)
 
     def finish(self, projected: Tensor, residual: Tensor | None, rows: slice, out: Tensor) -> None:
         """Write the half's output from what the post-norm reads, which stays as it is.
@@ -474,8 +492,9 @@ class Branch:
             self.post.apply(projected, rows, out=out)
             return
         assert residual is not None
-        if self.p:
-            torch.add(residual, self._drop(self.post.apply(projected, rows), rows), out=out)
+        if self.p or self.factor != 1.0:
+            y = self.post.apply(projected, rows)
+            torch.add(residual, self._drop(y, rows) if self.p else y, alpha=self.factor, out=out)
         else:
             self.post.apply(projected, rows, residual=residual, out=out)
 
@@ -513,7 +532,7 @@ class Branch:
             if dsum is None:
                 return None
             dz = dsum
-        dy = dz.to(self.weight.dtype)
+        dy = (dz if self.factor == 1.0 else dz * self.factor).to(self.weight.dtype)
         if self.p:
             dy = self._drop(dy.clone() if dy is dz else dy, rows)
         if self.post is not None and not self.after_residual:

@@ -29,7 +29,7 @@ from backfuse.kernels.reference.explicit_attention import AttentionMask, score_f
 
 from .errors import nearest
 from .keep import Needs, block_needs, block_reads
-from .lora import Adapters, AdaptersLike, all_parameters, parse_adapters
+from .lora import Adapters, AdaptersLike, all_parameters, parse_adapters, widths
 from .memory import check_dtype, check_sizes, wanted_set
 from .policy import Policy, PolicyLike
 from .spec import BlockSpec, check_spec
@@ -183,7 +183,6 @@ def _adapter_matmuls(
         gemm: makes one, of a phase, a name, columns and depth, and elements a token besides.
         needs: of each half.
     """
-    shapes = spec.parameters()
     for half, groups in _GROUPS.items():
         part = "self_attn" if half == "attn" else "mlp"
         for group, members in groups.items():
@@ -192,8 +191,8 @@ def _adapter_matmuls(
                 continue
             first, need = group in ("qkv", "preact"), needs[half]
             ranks = {name: sum(lora.rank for lora in several) for name, several in own.items()}
-            rank, depth = sum(ranks.values()), shapes[f"{next(iter(own))}.weight"][1]
-            columns = {name: shapes[f"{name}.weight"][0] for name in own}
+            rank, depth = sum(ranks.values()), widths(spec, next(iter(own)))[1]
+            columns = {name: widths(spec, name)[0] for name in own}
             names = [lora.parameters(n) for n, several in own.items() for lora in several]
             for phase in ("forward", "recompute"):
                 if phase == "recompute" and group not in rebuilt:

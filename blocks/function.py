@@ -211,7 +211,8 @@ class HalfJob:
         return sorted(offloaded(self.policy, self.keep))
 
     def _cast(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
-        return cast_weights(dict(zip(self.names, weights, strict=True)), self.call.compute_dtype)
+        named = dict(zip(self.names, weights, strict=True))
+        return cast_weights(self.call.spec, named, self.call.compute_dtype)
 
     def forward(self, x: Tensor, weights: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, Kept]:
         named, keep = self._cast(weights), self.keep
@@ -228,14 +229,14 @@ class HalfJob:
         self, dz: Tensor, weights: Sequence[Tensor], inputs: Inputs, kept: Kept
     ) -> Gradients:
         call, named, needs = self.call, self._cast(weights), self.needs
-        grads = WeightGrads(call.ops, self.wanted)
+        grads = WeightGrads(call, self.names, weights, self.wanted)
         if self.half == "ffn":
             ffn = FFNHalf(call, named, inputs, kept, self.adapters)
             dx = ffn.backward(kept.get("mid"), dz, needs, grads)
         else:
             attn = AttentionHalf(call, named, inputs, kept.get("x"), kept, adapters=self.adapters)
             dx = attn.backward(dz, needs, grads)
-        return dx, grads.take(self.names, weights)
+        return dx, grads.take()
 
 
 @lru_cache(maxsize=4096)

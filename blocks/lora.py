@@ -78,6 +78,12 @@ def projections(spec: BlockSpec) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
+def widths(spec: BlockSpec, projection: str) -> tuple[int, int]:
+    """How much a projection gives, and how much it reads."""
+    rows, columns = spec.parameters()[f"{projection}.weight"]
+    return (columns, rows) if spec.conv1d else (rows, columns)
+
+
 def parse_adapters(spec: BlockSpec, adapters: AdaptersLike | Adapters | None) -> Adapters:
     """The adapters as the block's passes take them.
 
@@ -119,10 +125,9 @@ def adapter_parameters(
 
     Arguments and errors as `parse_adapters`.
     """
-    shapes = spec.parameters()
     found: dict[str, tuple[int, ...]] = {}
     for name, several in parse_adapters(spec, adapters):
-        columns, depth = shapes[f"{name}.weight"]
+        columns, depth = widths(spec, name)
         for lora in several:
             a, b, bias = lora.parameters(name)
             found |= {a: (lora.rank, depth), b: (columns, lora.rank)}

@@ -206,11 +206,11 @@ def row_sum(dy: Tensor) -> Tensor:
     return dy.sum(0, dtype=accumulate_dtype(dy.dtype))
 
 
-def add_product(y: Tensor, pair: Pair | None) -> Tensor:
-    """Add `t B^T` to y `[rows, out]`, which is the result."""
+def add_product(y: Tensor, pair: Pair | None, factor: float = 1.0) -> Tensor:
+    """Add `t B^T`, times a factor, to y `[rows, out]`, which is the result."""
     if pair is None:
         return y
     t, b = pair
     if y.dtype != t.dtype:
-        return y.add_(matmul_transposed(t, b))
-    return torch.addmm(y, t, b.t(), out=y)
+        return y.add_(matmul_transposed(t, b), alpha=factor)
+    return torch.addmm(y, t, b.t(), alpha=factor, out=y)

@@ -64,7 +64,7 @@ class LayerPass:
 
     def _cast(self) -> dict[str, Tensor]:
         named = dict(zip(self.layer.names, self.weights, strict=True))
-        return cast_weights(named, self.call.compute_dtype)
+        return cast_weights(self.call.spec, named, self.call.compute_dtype)
 
     def _attention(
         self, weights: Weights, x: Tensor | None, keep: Set[str] = frozenset()
@@ -99,7 +99,7 @@ class LayerPass:
     def backward(self, x: Tensor | None, dz: Tensor | None) -> Gradients:
         """The gradient of the input, and those of the weights; None where not wanted."""
         call, layer = self.call, self.layer
-        grads = WeightGrads(call.ops, layer.wanted)
+        grads = WeightGrads(call, layer.names, self.weights, layer.wanted)
         attn_needs, ffn_needs = block_needs(call.spec, layer.wanted)
         dx = None
         if dz is not None and (attn_needs.anything or ffn_needs.anything):
@@ -115,7 +115,7 @@ class LayerPass:
             attn.values.pop("mid", None)
             if dmid is not None:
                 dx = attn.backward(dmid, attn_needs, grads, dsum)
-        return dx, grads.take(layer.names, self.weights)
+        return dx, grads.take()
 
 
 #: Layers of a run, by index; a tuple is a segment, whose parts may be segments again.

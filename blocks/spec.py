@@ -6,6 +6,8 @@
 The original transformer's norms stand on the sums instead: `mid = norm(x + ...)`. With a parallel
 residual both halves read x: `n = [pre-norm] x`.
 
+What a half adds may be multiplied by `residual_multiplier`.
+
 Every family is a choice of the fields below; none is a subclass. Sizes have Hugging Face's names,
 and so have the parameters: a Hugging Face layer's `state_dict` loads as it is.
 """
@@ -49,8 +51,8 @@ HIDDEN_ACTS = {
 #: Fields that are either on or off.
 FLAGS = (
     "norm_bias", "norm_round_first", "gated", "qkv_bias", "o_bias", "up_bias", "down_bias",
-    "causal", "attention_sinks", "stacked_qkv", "stacked_gate_up", "parallel_residual",
-    "shared_norm",
+    "causal", "attention_sinks", "stacked_qkv", "qkv_per_head", "stacked_gate_up",
+    "parallel_residual", "shared_norm", "conv1d",
 )  # fmt: skip
 
 
@@ -105,12 +107,17 @@ class BlockSpec:
         sliding_window: a token sees keys less than this far away; None: all.
         attn_logit_softcapping: scores become `cap * tanh(score / cap)`; None: they stay.
         attention_scale: factor on the scores; None: `head_dim ** -0.5`.
+        residual_multiplier: factor on what each half adds to the residual (Granite).
         attention_sinks: whether each query head has a learnt logit that takes part in its softmax
             and in nothing else (GPT-OSS): the parameter `self_attn.sinks`.
         attention_dropout: probability of dropping a softmax weight, in training.
         residual_dropout: probability of dropping an element of a half's output, in training.
-        stacked_qkv: one `self_attn.qkv_proj` instead of three projections.
+        stacked_qkv: one `self_attn.qkv_proj` instead of three projections: q, k, v.
+        qkv_per_head: whether its rows go by key heads, each with its query heads, itself and its
+            value head (GPT-NeoX), and not all q first.
         stacked_gate_up: one `mlp.gate_up_proj` instead of two.
+        conv1d: whether the projections' weights are `[in, out]` (GPT-2's `Conv1D`), and not
+            `[out, in]`.
 
     Raises:
         ValueError: for sizes that do not divide and values that are not known.
@@ -145,10 +152,13 @@ class BlockSpec:
     attn_logit_softcapping: float | None = None
     attention_scale: float = _UNSET
     attention_sinks: bool = False
+    residual_multiplier: float = 1.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     stacked_qkv: bool = False
+    qkv_per_head: bool = False
     stacked_gate_up: bool = False
+    conv1d: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_attention_heads")
@@ -206,8 +216,9 @@ class BlockSpec:
             value = getattr(self, name)
             if not _is_number(value) or not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} is {value!r}, expected 0 <= p < 1")
-        if not _is_number(self.norm_offset):
-            raise ValueError(f"norm_offset is {self.norm_offset!r}, expected a number")
+        for name in ("norm_offset", "residual_multiplier"):
+            if not _is_number(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a number")
         if self.norm_bias is None:
             self._resolve("norm_bias", self.norm == "layernorm")
         if self.norm_round_first is None:
@@ -219,6 +230,10 @@ class BlockSpec:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.stacked_gate_up and not self.gated:
             raise ValueError("stacked_gate_up is True, expected False for an FFN without a gate")
+        if self.qkv_per_head and not self.stacked_qkv:
+            raise ValueError("qkv_per_head is True, expected False without stacked_qkv")
+        if self.qkv_per_head and self.conv1d:
+            raise ValueError("conv1d is True, expected False with qkv_per_head: rows go by heads")
         if self.parallel_residual and self.norm_after_residual:
             raise ValueError(
                 "norm_position is 'after_residual', expected another one with parallel_residual: "
@@ -364,6 +379,10 @@ class BlockSpec:
                     shapes[f"{name}.bias"] = (self.hidden_size,)
         return shapes
 
+    def _projection(self, inputs: int, outputs: int) -> tuple[int, int]:
+        """Shape of a projection's weight."""
+        return (inputs, outputs) if self.conv1d else (outputs, inputs)
+
     def attention_parameters(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter of the attention half."""
         return dict(self._attention_parameters)
@@ -377,10 +396,10 @@ class BlockSpec:
         else:
             outs = {"q": q, "k": kv, "v": self.v_size}
         for name, out in outs.items():
-            shapes[f"self_attn.{name}_proj.weight"] = (out, h)
+            shapes[f"self_attn.{name}_proj.weight"] = self._projection(h, out)
             if self.qkv_bias:
                 shapes[f"self_attn.{name}_proj.bias"] = (out,)
-        shapes["self_attn.o_proj.weight"] = (h, self.attn_out_size)
+        shapes["self_attn.o_proj.weight"] = self._projection(self.attn_out_size, h)
         if self.o_bias:
             shapes["self_attn.o_proj.bias"] = (h,)
         if self.qk_norm:
@@ -403,10 +422,10 @@ class BlockSpec:
         else:
             outs = {"gate": f, "up": f} if self.gated else {"up": f}
         for name, out in outs.items():
-            shapes[f"mlp.{name}_proj.weight"] = (out, h)
+            shapes[f"mlp.{name}_proj.weight"] = self._projection(h, out)
             if self.up_bias:
                 shapes[f"mlp.{name}_proj.bias"] = (out,)
-        shapes["mlp.down_proj.weight"] = (h, f)
+        shapes["mlp.down_proj.weight"] = self._projection(f, h)
         if self.down_bias:
             shapes["mlp.down_proj.bias"] = (h,)
         return shapes

@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from backfuse.blocks.devices import DEVICES, Device, measure_cpu
 from backfuse.blocks.inputs import check_chunk_size, check_impl, check_offload_dir
 from backfuse.blocks.keep import INPUT
-from backfuse.blocks.planner.plan import Plan, plan as make_plan
+from backfuse.blocks.planner.plan import Plan
+from backfuse.blocks.planner.plan import plan as make_plan
 from backfuse.blocks.policy import Policy, PolicyLike
 
+from .attributes import NotUnderstood
 from .norms import is_norm
 from .patched import State, obstacle, original_class, state_of, swap, unswap
 from .projections import projection
-from .recognise import NotUnderstood
+from .recipe import Recipe
 from .report import PatchedLayer, PatchReport
-from .verify import Recipe, alike, understand
+from .verify import alike, understand
 
 #: What a layer is taken to keep if nobody says.
 DEFAULT = "selective"

@@ -19,7 +19,7 @@ understood or left alone.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,21 @@ from backfuse.blocks.spec import BlockSpec
 from backfuse.kernels.reference.activation import ACTIVATIONS
 from backfuse.kernels.reference.norm import NormSpec
 
+from .attributes import NotUnderstood, attribute, head_dim
 from .norms import is_norm, norm_spec
 from .projections import Projection, projection
 from .stand_in import Observation, Seen
 
-
-class NotUnderstood(Exception):
-    """Why a layer is left alone."""
+#: Norms before the attention, between the halves, and behind the FFN -> what a layer may then be.
+ORDERS: dict[tuple[int, int, int], list[dict[str, Any]]] = {
+    (1, 1, 0): [{}, {"parallel_residual": True}],
+    (1, 2, 1): [
+        {"norm_position": "both"},
+        {"norm_position": "both", "parallel_residual": True},
+    ],
+    (0, 1, 1): [{"norm_position": "post"}, {"norm_position": "after_residual"}],
+    (1, 0, 0): [{"parallel_residual": True, "shared_norm": True}],
+}
 
 
 @dataclass(frozen=True)
@@ -53,59 +61,6 @@ class Guess:
     spec: BlockSpec
     names: dict[str, str]
     rest: tuple[str, str] | None = None
-
-
-def attribute(layer: nn.Module, names: Sequence[str], kinds: Any = (int, float)) -> Any:
-    """The first attribute of that name and kind, of the layer or of a module inside it."""
-    for module in layer.modules():
-        for name in names:
-            value = getattr(module, name, None)
-            if isinstance(value, kinds) and not isinstance(value, bool):
-                return value
-    return None
-
-
-def configuration(layer: nn.Module) -> Any:
-    """The Hugging Face configuration that one of a layer's modules holds, or None."""
-    for module in layer.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "to_dict"):
-            return config
-    return None
-
-
-def residual_width(layer: nn.Module) -> int:
-    """Width of the residual stream: the most frequent one that norms and projections share."""
-    parts = [part for module in layer.modules() if (part := projection(module))]
-    ins = {part.weight.shape[0 if part.transposed else 1] for part in parts}
-    outs = {part.weight.shape[1 if part.transposed else 0] for part in parts}
-    widths = [m.weight.numel() for m in layer.modules() if is_norm(m)]  # type: ignore[union-attr,operator]
-    shared = [width for width in widths if width in ins & outs]
-    if not shared:
-        raise NotUnderstood("no norm is as wide as a plain projection's input and output")
-    return max(shared, key=shared.count)
-
-
-def head_dim(layer: nn.Module, width: int) -> int:
-    """Channels a head, by the attributes that say so."""
-    found = attribute(layer, ("head_dim", "attention_head_size", "head_size"), int)
-    heads = attribute(layer, ("num_heads", "num_attention_heads", "n_heads", "n_head"), int)
-    if found is None and heads:
-        found = width // heads
-    if found is None:
-        raise NotUnderstood("nothing says how many channels a head has")
-    return int(found)
-
-
-def rotary_dims(layer: nn.Module, head: int) -> list[int]:
-    """How many channels of a head may rotate, the likeliest first."""
-    factors = [1.0]
-    config = configuration(layer)
-    rope = getattr(config, "rope_parameters", None) or {}
-    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        factors.insert(0, part.get("partial_rotary_factor", 1.0))
-    found = [int(head * factor) for factor in factors]
-    return list(dict.fromkeys(dim for dim in found if dim % 2 == 0 and 0 < dim <= head))
 
 
 def _storage(x: Tensor) -> int:
@@ -238,12 +193,26 @@ class Reading:
             "qkv_bias": self.qkv.biased(),
             "o_bias": self.o.biased(),
             "stacked_qkv": not others,
+            "conv1d": self._transposed(),
             "attn_logit_softcapping": softcap,
             "attention_scale": head**-0.5 if scale is None else scale,
             "causal": bool(causal),
             "sliding_window": window if causal else None,
             "attention_sinks": bool(sinks),
         }
+
+    def _transposed(self) -> bool:
+        """Whether weights are `[in, out]`: all of them, or none."""
+        kinds = {part.transposed for group in (self.qkv, self.o, *self.ffn) for part in group.parts}
+        if len(kinds) > 1:
+            raise NotUnderstood("only some of its weights are [in, out]")
+        return kinds.pop()
+
+    def _qkv_layouts(self) -> list[dict[str, Any]]:
+        """How the rows of one projection for q, k and v may be ordered."""
+        if len(self.qkv.members) > 1 or self._transposed():
+            return [{}]
+        return [{}, {"qkv_per_head": True}]
 
     def _dropout_fields(self) -> dict[str, Any]:
         """Probabilities; a layer that drops out something else is not understood."""
@@ -323,15 +292,14 @@ class Reading:
             fields["rotary_dim"] = rotary_dim
         ffn, ups = self._activation()
         fields["qk_norm"] = self._qk_norm(fields, self._o.x.shape[-1])
-        positions = {(1, 1, 0): ("pre",), (1, 2, 1): ("both",), (0, 1, 1): ("post",)}
         counts = self._places(half=False)
-        if counts not in positions:
+        if counts not in ORDERS:
             raise NotUnderstood(
                 f"its norms stand {counts[0]} before attention, {counts[1]} between the halves and "
                 f"{counts[2]} behind the FFN"
             )
-        for position in positions[counts]:
-            spec = BlockSpec(**fields, **ffn, norm_position=position)  # type: ignore[arg-type]
+        for order, layout in itertools.product(ORDERS[counts], self._qkv_layouts()):
+            spec = BlockSpec(**{**fields, **ffn, **order, **layout})
             yield Guess(spec, self._names(spec, ups))
 
     def _half_guess(self, rotary_dim: int | None, rope: str | None) -> Guess:
@@ -371,7 +339,7 @@ class Reading:
             places["mlp.down_proj"] = self.ffn[1].members[0].path
         roles = ["attn_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm"]
         norms = [spec.norm_names[role] for role in roles if role in spec.norm_names]
-        for name, seen in zip(norms, self.norms, strict=False):
+        for name, seen in zip(dict.fromkeys(norms), self.norms, strict=False):
             places[name] = seen.path
         shapes = spec.parameters() if ups else spec.attention_parameters()
         names = {}

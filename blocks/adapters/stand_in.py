@@ -117,10 +117,8 @@ class _NoDropout(TorchFunctionMode):
                 self.seen.dropped.append((p, bound["input"]))
             return bound["input"]
         if func is F.scaled_dot_product_attention:
-            bound = dict(
-                zip(("query", "key", "value", "attn_mask", "dropout_p"), args, strict=False)
-            )
-            bound |= kwargs
+            names = ("query", "key", "value", "attn_mask", "dropout_p")
+            bound = dict(zip(names, args, strict=False)) | kwargs
             self.seen.score_dropout.add(float(bound.pop("dropout_p", 0.0)))
             return func(**bound)
         return func(*args, **kwargs)

@@ -6,26 +6,19 @@ activation or a factor that was overlooked moves its output by far more than rou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from backfuse.blocks.function import attention, block
-from backfuse.blocks.policy import KEEP
-from backfuse.blocks.spec import BlockSpec
+from backfuse.blocks.policy import KEEP, Policy
 
-from .recognise import (
-    Guess,
-    NotUnderstood,
-    Reading,
-    configuration,
-    head_dim,
-    residual_width,
-    rotary_dims,
-)
+from .attributes import NotUnderstood, head_dim, implementation, residual_width, rotary_dims
+from .recipe import Recipe, agrees
+from .recognise import Guess, Reading
 from .stand_in import (
     ANGLES,
     MASK,
@@ -37,49 +30,10 @@ from .stand_in import (
     stand_in,
     visible,
 )
-
-#: Largest difference that counts as rounding, as a share of what the layer adds to its input.
-ROUNDING = 5e-5
+from .torch_layers import torch_kind, understand_torch
 
 #: Attention implementations of transformers whose masks are tensors of what each token sees.
 IMPLEMENTATIONS = (None, "sdpa", "eager")
-
-
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """How a layer is run by a block's functions.
-
-    Attributes:
-        spec: what it is.
-        names: the spec's parameters -> the layer's, by path.
-        types: path of each module that holds a parameter and is no projection -> its type.
-        arguments: of the layer's forward, in their order.
-        extra: how many Nones it returns after its output; None: it returns a tensor.
-        unmasked: whether a call without a mask is that of the spec.
-        implementation: of attention, as its configuration names it.
-        rest: of a layer whose attention half alone is run: paths of the norm behind it, and of
-            what reads that; None for a whole block.
-    """
-
-    spec: BlockSpec
-    names: dict[str, str]
-    types: dict[str, type[nn.Module]]
-    arguments: tuple[str, ...]
-    extra: int | None
-    unmasked: bool
-    implementation: str | None
-    rest: tuple[str, str] | None = None
-
-    def same(self, other: Recipe) -> bool:
-        """Whether another layer is run in the same way."""
-        return all(
-            getattr(self, field.name) == getattr(other, field.name) for field in fields(self)
-        )
-
-
-def implementation(layer: nn.Module) -> str | None:
-    """What a layer's configuration says computes its attention."""
-    return getattr(configuration(layer), "_attn_implementation", None)
 
 
 def only_output(output: object) -> tuple[Tensor, int | None]:
@@ -96,18 +50,46 @@ def only_output(output: object) -> tuple[Tensor, int | None]:
     raise NotUnderstood("it returns more than its output")
 
 
-def run_guess(
+def run_hf(
+    layer: nn.Module,
+    recipe: Recipe | Guess,
+    policy: Policy,
+    weights: Mapping[str, Tensor],
+    options: dict[str, Any],
+    x: Tensor,
+    position: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """A layer's output: a block, or its attention half and what is the layer's own.
+
+    Args:
+        layer: the live layer, or a stand-in.
+        recipe: how it is run.
+        policy: what it keeps.
+        weights: its parameters by the spec's names.
+        options: see `TransformerBlock`; `training`: whether dropout is active.
+        x: `[batch, seq_len, width]`.
+        position: cos and sin, or None.
+        mask: see `TransformerBlock.forward`.
+    """
+    given: dict[str, Any] = {ANGLES: position, MASK: mask, **options}
+    if recipe.rest is None:
+        return block(x, weights, recipe.spec, policy, **given)
+    for name in ("ffn_strategy", "offload_dir"):
+        given.pop(name, None)
+    mid = attention(x, weights, recipe.spec, policy, **given)
+    norm, ffn = (layer.get_submodule(path) for path in recipe.rest)
+    return mid + first_tensor(ffn(norm(mid)))
+
+
+def _run_guess(
     layer: nn.Module, guess: Guess, x: Tensor, position: Any, mask: Tensor | None
 ) -> Tensor:
     """What a guess gives on a stand-in's weights."""
     own = dict(layer.named_parameters())
     weights = {name: own[path] for name, path in guess.names.items()}
-    given: dict[str, Any] = {ANGLES: position if guess.spec.rope else None, MASK: mask}
-    if guess.rest is None:
-        return block(x, weights, guess.spec, KEEP, **given)
-    mid = attention(x, weights, guess.spec, KEEP, **given)
-    norm, ffn = guess.rest
-    return mid + first_tensor(layer.get_submodule(ffn)(layer.get_submodule(norm)(mid)))
+    position = position if guess.spec.rope else None
+    return run_hf(layer, guess, KEEP, weights, {}, x, position, mask)
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -115,11 +97,6 @@ def first_tensor(output: Any) -> Tensor:
     first = output[0] if isinstance(output, tuple) else output
     assert isinstance(first, Tensor)
     return first
-
-
-def _agrees(ours: Tensor, theirs: Tensor, x: Tensor) -> bool:
-    scale = (theirs - x).abs().max().item()
-    return (ours - theirs).abs().max().item() <= ROUNDING * scale
 
 
 def _observations(
@@ -156,16 +133,17 @@ def understand(layer: nn.Module, original: type[nn.Module]) -> Recipe:
     Raises:
         NotUnderstood: with the reason.
     """
+    if (kind := torch_kind(original)) is not None:
+        return understand_torch(layer, original, kind)
     used = implementation(layer)
     if used not in IMPLEMENTATIONS:
         raise NotUnderstood(
             f"its attention is {used!r}, expected 'sdpa' or 'eager' (model.set_attn_implementation)"
         )
     arguments, needed = forward_arguments(original)
-    if not arguments or (others := needed - {arguments[0], MASK, ANGLES}):
-        raise NotUnderstood(
-            f"its forward takes {', '.join(sorted(others)) if arguments else 'nothing'}"
-        )
+    others = sorted(needed - {*arguments[:1], MASK, ANGLES})
+    if not arguments or others:
+        raise NotUnderstood(f"its forward takes {', '.join(others) or 'nothing'}")
     width = residual_width(layer)
     copy = stand_in(layer, original)
     causal = any(getattr(module, "is_causal", False) for module in copy.modules())
@@ -177,8 +155,8 @@ def understand(layer: nn.Module, original: type[nn.Module]) -> Recipe:
         for layout in layouts:
             for guess in reading.guesses(rotary_dim if layout else None, layout):
                 with torch.no_grad():
-                    ours = run_guess(copy, guess, x, position, mask)
-                if not _agrees(ours, output, x):
+                    ours = _run_guess(copy, guess, x, position, mask)
+                if not agrees(ours, output, x):
                     continue
                 unmasked = mask is None or _unmasked(copy, guess, x, position)
                 return _recipe(layer, guess, arguments, extra, unmasked)
@@ -192,7 +170,7 @@ def _unmasked(layer: nn.Module, guess: Guess, x: Tensor, position: Any) -> bool:
     spec = guess.spec.replace(sliding_window=None)
     plain = Guess(spec, guess.names, guess.rest)
     with torch.no_grad():
-        return _agrees(run_guess(layer, plain, x, position, None), output, x)
+        return agrees(_run_guess(layer, plain, x, position, None), output, x)
 
 
 def _recipe(
@@ -217,7 +195,7 @@ def alike(layer: nn.Module, original: type[nn.Module]) -> object:
         facts = tuple(
             (name, value)
             for name, value in sorted(vars(module).items())
-            if isinstance(value, int | float | str | None)
+            if isinstance(value, int | float | str | FunctionType | BuiltinFunctionType | None)
             and not name.startswith("_")
             and name not in ("training", "gradient_checkpointing")
             and not name.endswith(("idx", "index", "layer_id"))
