@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backfuse.blocks.spec import BlockSpec
+
 from .attributes import attribute, implementation
 from .projections import projection
 from .recipe import Recipe
@@ -95,7 +97,33 @@ def _mask(recipe: Recipe, x: Tensor, mask: Any) -> Tensor | None:
         raise OwnForward(f"its {MASK} is of shape {list(mask.shape)}, with {seq_len} tokens")
     if not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise OwnForward(f"its {MASK} is {mask.dtype}")
+    if mask.shape[2] == seq_len and _says_the_spec(mask, spec):
+        return None
     return mask.expand(-1, -1, seq_len, -1)
+
+
+def _says_the_spec(mask: Tensor, spec: BlockSpec) -> bool:
+    """Whether a mask hides what the spec hides anyway: a block then needs not read it.
+
+    Eager attention and sliding windows always come with one. All layers are given the same tensor:
+    the answer is left on it. On a GPU finding it makes the host wait, once a step.
+    """
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    known: dict[object, bool] = vars(mask).setdefault("_backfuse_says", {})
+    key = mask._version, spec.causal, spec.sliding_window
+    if key not in known:
+        tokens = torch.arange(mask.shape[-1], device=mask.device)
+        distance = tokens[:, None] - tokens
+        hidden = (distance < 0) if spec.causal else torch.zeros_like(distance, dtype=torch.bool)
+        if spec.sliding_window is not None:
+            hidden |= distance.abs() >= spec.sliding_window
+        if mask.dtype == torch.bool:
+            known[key] = bool((mask != hidden).all())
+        else:
+            lowest = torch.finfo(mask.dtype).min / 2
+            known[key] = bool(((mask <= lowest) == hidden).all() and (mask == 0).ne(hidden).all())
+    return known[key]
 
 
 def weights_of(layer: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
