@@ -158,7 +158,7 @@ class FFNHalf:
                 continue
             if needs.inner:
                 hidden = self._backward_activation(
-                    dy, normed, preact, scales, dpreact, needs, grads
+                    self.branch.scaled(dy), normed, preact, scales, dpreact, needs, grads
                 )
             elif hidden is None and preact is not None:
                 hidden = call.ops.activation_forward(preact, *self.activation, scales, dy.dtype)
