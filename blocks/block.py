@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .function import run_job
-from .inputs import check_chunk_size, check_impl, check_offload_dir, check_weights, prepare
-from .policy import KEEP, Policy, PolicyLike
-from .replay import effective_policies
-from .run import Layer, RunJob, wanted_names
+from .function import block
+from .inputs import check_chunk_size, check_impl, check_offload_dir
+from .policy import Policy, PolicyLike
 from .spec import LAYER_SCALE, BlockSpec, check_spec
 
 #: The one parameter that stands in no module of its own.
@@ -148,8 +146,7 @@ class TransformerBlock(nn.Module):
         if spec.attention_sinks:
             sinks = torch.empty(spec.num_attention_heads, device=device, dtype=dtype)
             self.get_submodule("self_attn").register_parameter("sinks", nn.Parameter(sinks))
-        self._names = tuple(spec.parameters())
-        self._places = tuple((name, tuple(name.split("."))) for name in self._names)
+        self._places = tuple((name, tuple(name.split("."))) for name in spec.parameters())
         self.reset_parameters()
 
     @property
@@ -233,9 +230,11 @@ class TransformerBlock(nn.Module):
             TypeError: for a wrong dtype or kind.
             ValueError: for a wrong shape, value or device.
         """
-        call, inputs = prepare(
-            self.spec,
+        return block(
             hidden_states,
+            self.weights(),
+            self.spec,
+            self.policy,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             cu_seqlens=cu_seqlens,
@@ -244,14 +243,8 @@ class TransformerBlock(nn.Module):
             chunk_size=self.chunk_size,
             impl=self.impl,
             ffn_strategy=self.ffn_strategy,
-            lossy=self.policy.lossy,
             offload_dir=self.offload_dir,
         )
-        weights = check_weights(self.weights(), self.spec.parameters(), hidden_states, call)
-        [policy] = effective_policies([self.policy]) or [KEEP]
-        layer = Layer(policy, self._names, wanted_names(hidden_states, weights))
-        job = RunJob(call, (layer,), 0)
-        return run_job(job, inputs, hidden_states, list(weights.values()))
 
     def extra_repr(self) -> str:
         """The policy, for `print(model)`."""

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +31,7 @@ from .keep import INPUT, Needs, attention_reads, ffn_reads, half_needs, offloade
 from .offload import line
 from .policy import KEEP, Policy, PolicyLike
 from .replay import effective_policies
-from .run import Gradients, Kept, wanted_names
+from .run import Gradients, Kept, Layer, RunJob, wanted_names
 from .spec import BlockSpec, check_spec
 
 
@@ -128,6 +129,41 @@ def run_job(job: Job, inputs: Inputs, hidden_states: Tensor, weights: Sequence[T
         x = x.contiguous()
     z = RecomputeFunction.apply(job, inputs, x, *weights)
     return z.view(hidden_states.shape)
+
+
+def block(
+    hidden_states: Tensor,
+    weights: Mapping[str, Tensor],
+    spec: BlockSpec,
+    policy: Policy,
+    *,
+    offload_dir: Path | None = None,
+    **options: Any,
+) -> Tensor:
+    """One whole block on anybody's weights: what a `TransformerBlock` runs on its own.
+
+    Args:
+        hidden_states: `[batch, seq_len, hidden_size]`.
+        weights: the tensors `spec.parameters()` names, by those names.
+        spec: the block.
+        policy: what it keeps; it has to keep `x`.
+        offload_dir: folder of the files that offloaded tensors go to; None: host memory.
+        options: see `TransformerBlock` and its `forward`; `training`: whether dropout is active.
+
+    Returns:
+        `[batch, seq_len, hidden_size]`, in hidden_states' dtype.
+
+    Raises:
+        TypeError: for a wrong dtype or kind.
+        ValueError: for a wrong shape, value or device.
+    """
+    call, inputs = prepare(
+        spec, hidden_states, lossy=policy.lossy, offload_dir=offload_dir, **options
+    )
+    weights = check_weights(weights, spec.parameters(), hidden_states, call)
+    [policy] = effective_policies([policy]) or [KEEP]
+    layer = Layer(policy, tuple(weights), wanted_names(hidden_states, weights))
+    return run_job(RunJob(call, (layer,), 0), inputs, hidden_states, list(weights.values()))
 
 
 @dataclass(frozen=True, eq=False)

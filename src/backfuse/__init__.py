@@ -1,5 +1,7 @@
 """Transformer blocks that choose, tensor by tensor, what to keep for the backward pass."""
 
+from backfuse.blocks.adapters.patch import patch, unpatch
+from backfuse.blocks.adapters.report import PatchReport
 from backfuse.blocks.block import TransformerBlock
 from backfuse.blocks.flash_attention import flash_attention
 from backfuse.blocks.flops import Flops, block_flops
@@ -18,6 +20,7 @@ __all__ = [
     "BlockSpec",
     "BlockStack",
     "Flops",
+    "PatchReport",
     "Plan",
     "Policy",
     "TransformerBlock",
@@ -29,6 +32,8 @@ __all__ = [
     "flash_attention",
     "host_bytes",
     "kept_bytes",
+    "patch",
     "plan",
     "rope_cos_sin",
+    "unpatch",
 ]
