@@ -108,7 +108,7 @@ class FFNHalf:
                 normed = self._normed(mid[rows], rows)
                 hidden = ops.ffn_up(
                     *self._up(normed),
-                    products=self.ups.products(normed, rows),
+                    products=self.ups.low_rank.forward(normed, rows),
                     preact=out["preact"][rows] if "preact" in out else None,
                     scales=out["preact_scales"][rows] if "preact_scales" in out else None,
                 )
@@ -160,7 +160,9 @@ class FFNHalf:
                 else:
                     preact = dpreact
                     hidden = call.ops.ffn_up(
-                        *self._up(normed), products=self.ups.products(normed, rows), preact=preact
+                        *self._up(normed),
+                        products=self.ups.low_rank.forward(normed, rows),
+                        preact=preact,
                     )
                     projected = self.branch.project(hidden, part, rows)
             residual, dsum = dz[rows], None
@@ -172,13 +174,13 @@ class FFNHalf:
             u = self.branch.narrow(dy, needs.inner, grads)
             if needs.inner:
                 hidden = self._backward_activation(
-                    dy, u, normed, preact, scales, dpreact, rows, needs, grads
+                    self.branch.scaled(dy), u, normed, preact, scales, dpreact, rows, needs, grads
                 )
             elif hidden is None and preact is not None:
                 hidden = call.ops.activation_forward(preact, *self.activation, scales, dy.dtype)
             elif hidden is None:
                 hidden = call.ops.ffn_up(
-                    *self._up(normed), products=self.ups.products(normed, rows)
+                    *self._up(normed), products=self.ups.low_rank.forward(normed, rows)
                 )
             if hidden is not None:
                 self.branch.backward_weight(dy, u, hidden, rows, grads)
@@ -202,16 +204,16 @@ class FFNHalf:
     ) -> Tensor | None:
         """Down projection and activation: writes dpreact, gives the hidden."""
         wanted: dict[str, Any] = {
-            "need_hidden": needs.out, "need_dbias": self.ups.want_biases(grads)
+            "need_hidden": needs.out, "need_dbias": self.ups.want_biases(grads),
+            **self.branch.low_rank.input_terms(u, rows),
         }  # fmt: skip
-        if u is not None:
-            wanted |= self.branch.input_terms(u, rows)
         down = self.branch.weight
         if preact is None:
+            assert normed is not None
+            wanted["products"] = self.ups.low_rank.forward(normed, rows)
             hidden, dbias = self.call.ops.ffn_recompute_dact(
-                *self._up(normed), dy, down, dpreact, products=self.ups.products(normed, rows),
-                strategy=self.call.ffn_strategy, **wanted,
-            )  # fmt: skip
+                *self._up(normed), dy, down, dpreact, strategy=self.call.ffn_strategy, **wanted
+            )
         else:
             hidden, dbias = self.call.ops.ffn_dact(
                 dy, down, preact, *self.activation, dpreact, scales=scales, **wanted

@@ -32,7 +32,7 @@ from .keep import Needs, block_needs, block_reads
 from .lora import Adapters, AdaptersLike, all_parameters, parse_adapters, widths
 from .memory import check_dtype, check_sizes, wanted_set
 from .policy import Policy, PolicyLike
-from .spec import BlockSpec, check_spec
+from .spec import LAYER_SCALE, BlockSpec, check_spec
 
 aten = torch.ops.aten
 
@@ -151,11 +151,21 @@ def block_matmuls(
         if attn.input or attn.norm:
             found.append(gemm("backward", "qkv_input", h, spec.qkv_size))
     for name, shape in all_parameters(spec, adapters).items():
-        if name in wanted and len(shape) == 2:
+        if len(shape) == 2 and _computed(name, wanted):
             found.append(gemm("backward", name, *shape))
     if adapters:
         found += _adapter_matmuls(spec, adapters, names, wanted, gemm, {"attn": attn, "ffn": ffn})
     return found
+
+
+def _computed(name: str, wanted: frozenset[str]) -> bool:
+    """Whether a parameter's gradient is: it is wanted, or a layer scale's is made from it."""
+    if name in wanted or ".lora_A." in name:
+        return name in wanted
+    halves = {"self_attn.o_proj.": "attn", "mlp.down_proj.": "ffn"}
+    return any(
+        name.startswith(start) and LAYER_SCALE[half] in wanted for start, half in halves.items()
+    )
 
 
 #: What a half's projections make, and their names; the first of each half read its normed input.
@@ -211,7 +221,7 @@ def _adapter_matmuls(
             if through:
                 more = -depth if group == "down" else depth
                 yield gemm("backward", f"{group}_lora_a_input", depth, rank, more)
-            if any(b in wanted for _, b, _ in names):
+            if any(_computed(b, wanted) for _, b, _ in names):
                 yield gemm("backward", f"{group}_lora_a", rank, depth)
 
 

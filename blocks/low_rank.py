@@ -16,7 +16,8 @@ rounded into the weight it adapts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class _Adapter(NamedTuple):
 
 
 class LowRank:
-    """The adapters of projections side by side, in one pass.
+    """The adapters of projections side by side, in one pass; without any, nothing happens.
 
     Args:
         projections: the projections' names.
@@ -91,9 +92,13 @@ class LowRank:
                 self.rank = columns.stop
             self.columns.append(slice(start, self.rank))
         self.drops = any(part.lora.dropout for part in self.parts)
-        one = len(self.parts) == 1
-        self.a = self.parts[0].a if one else torch.cat([part.a for part in self.parts])
         self.bs = [self._stacked(index) for index in range(len(projections))]
+
+    @cached_property
+    def a(self) -> Tensor:
+        """A of all the adapters, `[rank, in]`."""
+        one = len(self.parts) == 1
+        return self.parts[0].a if one else torch.cat([part.a for part in self.parts])
 
     def _stacked(self, projection: int) -> Tensor | None:
         """B of all the adapters of a projection, `[out, their ranks together]`."""
@@ -128,23 +133,38 @@ class LowRank:
         return self._scale(t)
 
     def forward(self, x: Tensor, rows: slice) -> list[Pair | None]:
-        """What is to be added to each projection's output: `t_i` and `B_i`, for `t_i B_i^T`."""
+        """What is to be added to each projection's output: `t_i` and `B_i`, for `t_i B_i^T`.
+
+        An empty list without adapters.
+        """
+        if not self.parts:
+            return []
         t = self.down(self.read(x, rows))
         return [
             None if b is None else (t[:, columns], b)
             for b, columns in zip(self.bs, self.columns, strict=True)
         ]
 
-    def narrow(self, dys: Sequence[Tensor]) -> Tensor:
-        """u, from the gradient of each projection's output, `[rows, out]` each."""
+    def narrow(self, dys: Sequence[Tensor], wanted: bool, grads: WeightGrads) -> Tensor | None:
+        """u, where anything reads it.
+
+        Args:
+            dys: the gradient of each projection's output, `[rows, out]` each.
+            wanted: whether the gradient of their input is.
+            grads: where the gradients go.
+        """
+        if not self.parts or not (wanted or self.want(grads, 0)):
+            return None
         u = dys[0].new_empty(len(dys[0]), self.rank)
         for dy, b, columns in zip(dys, self.bs, self.columns, strict=True):
             if b is not None:
                 matmul_transposed(dy, b.t(), out=u[:, columns])
         return self._scale(u)
 
-    def add_input_gradient(self, u: Tensor, rows: slice, dx: Tensor) -> Tensor:
+    def add_input_gradient(self, u: Tensor | None, rows: slice, dx: Tensor) -> Tensor:
         """Add the gradient of x to dx, `[rows, in]`, which is the result."""
+        if u is None:
+            return dx
         if not self.drops:
             return torch.addmm(dx, u, self.a, out=dx)
         for part in self.parts:
@@ -159,11 +179,13 @@ class LowRank:
 
         Args:
             dys: the gradient of each projection's output.
-            u: as `narrow` gives it; None where no A wants a gradient.
+            u: as `narrow` gives it.
             x: `[rows, in]`.
             rows: which rows these are.
             grads: where the gradients go.
         """
+        if not self.parts:
+            return
         xs = self.read(x, rows)
         t = self.down(xs) if self.want(grads, 1) else None
         for part, own in zip(self.parts, xs, strict=True):
@@ -172,15 +194,29 @@ class LowRank:
             if t is not None:
                 grads.outer(part.names[1], dys[part.projection], t[:, part.columns])
 
+    def input_terms(self, u: Tensor | None, rows: slice) -> dict[str, Any]:
+        """What `add_input_gradient` would add, as `ffn_dact` takes it: a product, or with holes in
+        it a tensor."""
+        if u is None:
+            return {}
+        if not self.drops:
+            return {"product": (u, self.a)}
+        share = u.new_zeros(len(u), self.a.shape[1])
+        return {"addend": self.add_input_gradient(u, rows, share)}
+
     def want(self, grads: WeightGrads, which: int) -> bool:
         """Whether any A (0), B (1) or bias of a B (2) wants a gradient."""
-        return any(part.names[which] in grads.wanted for part in self.parts)
+        return any(grads.wants(part.names[which]) for part in self.parts)
 
     def add_biases(self, sums: Sequence[Tensor], grads: WeightGrads) -> None:
         """Add to the gradients of B's biases, from those of the projections' biases."""
         for part in self.parts:
-            if part.lora.use_bias and part.names[2] in grads.wanted:
+            if part.lora.use_bias:
                 grads.add(part.names[2], sums[part.projection] * part.lora.scale)
+
+
+#: Of projections that have none.
+NO_ADAPTERS = LowRank((), (), {}, (), None)
 
 
 def with_adapters_bias(

@@ -67,9 +67,7 @@ def unwrap(module: Any) -> Live:
     for name in names:
         variant = module.lora_variant.get(name)
         if variant is not None:
-            raise TypeError(
-                f"the adapter {name!r} is a {type(variant).__name__.removesuffix('LinearVariant')}"
-            )
+            raise TypeError(f"the adapter {name!r} is a {type(variant).__name__}")
         a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
         if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None:
             raise TypeError(
