@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters.peft import Live, unwrap
 from .function import block
 from .inputs import check_chunk_size, check_impl, check_offload_dir
+from .lora import Adapters, LoRA
 from .policy import Policy, PolicyLike
-from .spec import BlockSpec, check_spec
+from .spec import LAYER_SCALE, BlockSpec, check_spec
 
 #: The one parameter that stands in no module of its own.
 SINKS = "self_attn.sinks"
@@ -60,12 +62,28 @@ class Conv1D(nn.Module):
             self.bias = nn.Parameter(torch.empty(shape[1:], device=device, dtype=dtype))
 
 
+class LayerScale(nn.Module):
+    """The factors of a half's output; the block does the arithmetic.
+
+    Args:
+        width: `[width]` of the parameter, which starts at 1.
+        device: of the parameter.
+        dtype: of the parameter.
+    """
+
+    def __init__(self, width: int, device: Any, dtype: Any) -> None:
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+
+
 def parameter_modules(spec: BlockSpec, device: Any, dtype: Any) -> dict[str, nn.Module]:
     """The modules that hold a block's parameters, by Hugging Face's names."""
     modules: dict[str, nn.Module] = {}
     shapes = spec.parameters()
     for name, shape in shapes.items():
         path, _, kind = name.rpartition(".")
+        if name in LAYER_SCALE.values():
+            modules[path] = LayerScale(shape[0], device, dtype)
         if kind != "weight":
             continue
         bias = f"{path}.bias" in shapes
@@ -158,30 +176,53 @@ class TransformerBlock(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, LayerScale):
+                nn.init.ones_(module.lambda1)
         if self.spec.attention_sinks:
             nn.init.normal_(self.get_parameter(SINKS), std=0.02)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The parameters by name, in the spec's order.
+    def weights(self) -> tuple[dict[str, Tensor], Adapters]:
+        """The parameters by name, in the spec's order, and the active adapters with theirs.
 
         Raises:
-            TypeError: if something else stands in a projection's place (an adapter, a
-                parametrisation, a quantised layer): the block reads weights, and would silently
-                drop whatever else that module does.
+            TypeError: if something else stands in a projection's place (a quantised layer, a
+                parametrisation, an adapter that is not LoRA): the block reads weights, and would
+                silently drop whatever else that module does.
         """
-        weights = {}
+        weights: dict[str, Tensor] = {}
+        adapters: dict[str, tuple[LoRA, ...]] = {}
         for name, (*path, kind) in self._places:
             module: Any = self
             for step in path:
                 module = None if module is None else module._modules.get(step)
-            if type(module) not in (nn.Linear, Norm, Conv1D) and name != SINKS:
-                raise TypeError(
-                    f"{'.'.join(path)} is a {type(module).__name__}, expected a plain "
-                    "torch.nn.Linear or the block's own norm: a block reads its weight and would "
-                    "drop what else it does"
-                )
+            if type(module) not in (nn.Linear, Norm, Conv1D, LayerScale) and name != SINKS:
+                module = self._unwrap(".".join(path), module, kind, weights, adapters)
             weights[name] = getattr(module, kind)
-        return weights
+        return weights, tuple(adapters.items())
+
+    @staticmethod
+    def _unwrap(
+        path: str,
+        module: Any,
+        kind: str,
+        weights: dict[str, Tensor],
+        adapters: dict[str, tuple[LoRA, ...]],
+    ) -> nn.Module:
+        """What stands below PEFT's module; notes its adapters."""
+        reason = "a block reads its weight and would drop what else it does"
+        try:
+            live = unwrap(module)
+        except TypeError as error:
+            reason, live = str(error), Live(module)
+        if type(live.module) not in (nn.Linear, Norm, Conv1D, LayerScale):
+            raise TypeError(
+                f"{path} is a {type(live.module).__name__}, expected a plain torch.nn.Linear "
+                f"(LoRA beside it or not) or the block's own norm: {reason}"
+            )
+        if live.adapters and kind == "weight":
+            weights |= live.weights(path)
+            adapters[path] = live.adapters
+        return live.module
 
     def forward(
         self,
@@ -212,11 +253,13 @@ class TransformerBlock(nn.Module):
             TypeError: for a wrong dtype or kind.
             ValueError: for a wrong shape, value or device.
         """
+        weights, adapters = self.weights()
         return block(
             hidden_states,
-            self.weights(),
+            weights,
             self.spec,
             self.policy,
+            adapters=adapters,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             cu_seqlens=cu_seqlens,

@@ -48,6 +48,11 @@ FAMILIES = {
         32, 48, 4, 2, norm="layernorm", norm_bias=False, norm_position="both",
         parallel_residual=True, shared_norm=True, rope="interleaved", residual_multiplier=0.7,
     ),
+    "dinov2": BlockSpec(
+        32, 48, 4, norm="layernorm", hidden_act="gelu", gated=False, rope=None, causal=False,
+        qkv_bias=True, o_bias=True, up_bias=True, down_bias=True, layer_scale=True,
+        residual_dropout=0.1,
+    ),
     "odd-sizes": BlockSpec(30, 45, 3, 1, head_dim=10, qkv_bias=True, residual_multiplier=0.22),
     "sinks-and-wide-values": BlockSpec(
         32, 48, 4, 2, v_head_dim=20, attention_sinks=True, sliding_window=9, qkv_bias=True,

@@ -25,6 +25,7 @@ from backfuse.bench import (
     shapes,
     ways,
 )
+from backfuse.bench.plain import is_llama
 
 TINY = BlockSpec(32, 48, 4, 2)
 TINY_SHAPES = {

@@ -114,6 +114,10 @@ def test_an_odd_head_dim_may_rotate_in_part_or_not_at_all():
         ({"gated": "no"}, "gated is 'no', expected True or False"),
         ({"gated": False, "stacked_gate_up": True}, "stacked_gate_up is True"),
         ({"norm_position": "after"}, "norm_position is 'after', expected one of 'pre'"),
+        (
+            {"layer_scale": True, "norm_position": "both"},
+            "layer_scale is True, expected False with norm_position 'both'",
+        ),
         ({"residual_multiplier": None}, "residual_multiplier is None, expected a number"),
         ({"residual_multiplier": float("nan")}, "residual_multiplier is nan"),
         ({"qkv_per_head": True}, "qkv_per_head is True, expected False without stacked_qkv"),
