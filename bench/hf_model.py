@@ -71,6 +71,8 @@ def _build(case: Case, adapters: bool) -> nn.Module:
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:  # zeros would make the gradients of A zeros
                 nn.init.normal_(parameter, std=0.02)
+    if case.torch_dtype == torch.float64:
+        model = _precise(model, torch.float64)
     return model.to(**case.factory).train()
 
 
@@ -114,7 +116,8 @@ def _trainable(model: nn.Module) -> dict[str, Tensor]:
 def checkpointing(problem: Problem, policy: str) -> Contender:
     """transformers' own: every layer replayed as a whole."""
     model: Any = twin(problem.module)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
     model.enable_input_require_grads()  # else nothing is checkpointed where all weights are frozen
     return Contender("hf-checkpointing", loss_of(model), _trainable(model))
 
