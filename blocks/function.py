@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -27,10 +28,18 @@ from .call import Call, Inputs, WeightGrads, cast_weights
 from .ffn import FFNHalf
 from .inputs import check_weights, prepare
 from .keep import INPUT, Needs, half_needs, half_reads, offloaded
+from .lora import (
+    Adapters,
+    AdaptersLike,
+    adapter_parameters,
+    all_parameters,
+    parse_adapters,
+    without_dropout,
+)
 from .offload import line
 from .policy import KEEP, Policy, PolicyLike
 from .replay import effective_policies, operators_matter
-from .run import Gradients, Kept, wanted_names
+from .run import Gradients, Kept, Layer, RunJob, wanted_names
 from .spec import BlockSpec, check_spec
 
 
@@ -156,6 +165,44 @@ def run_job(job: Job, inputs: Inputs, hidden_states: Tensor, weights: Sequence[T
     return z.view(hidden_states.shape)
 
 
+def block(
+    hidden_states: Tensor,
+    weights: Mapping[str, Tensor],
+    spec: BlockSpec,
+    policy: Policy,
+    *,
+    adapters: Adapters = (),
+    offload_dir: Path | None = None,
+    **options: Any,
+) -> Tensor:
+    """One whole block on anybody's weights: what a `TransformerBlock` runs on its own.
+
+    Args:
+        hidden_states: `[batch, seq_len, hidden_size]`.
+        weights: the tensors `spec.parameters()` and `adapter_parameters` name, by those names.
+        spec: the block.
+        policy: what it keeps; it has to keep `x`.
+        adapters: of its projections, with the dropout that is active.
+        offload_dir: folder of the files that offloaded tensors go to; None: host memory.
+        options: see `TransformerBlock` and its `forward`; `training`: whether dropout is active.
+
+    Returns:
+        `[batch, seq_len, hidden_size]`, in hidden_states' dtype.
+
+    Raises:
+        TypeError: for a wrong dtype or kind.
+        ValueError: for a wrong shape, value or device.
+    """
+    call, inputs = prepare(
+        spec, hidden_states, lossy=policy.lossy, offload_dir=offload_dir, adapters=[adapters],
+        **options,
+    )  # fmt: skip
+    weights = check_weights(weights, all_parameters(spec, adapters), hidden_states, call)
+    [policy] = effective_policies([policy]) or [KEEP]
+    layer = Layer(policy, tuple(weights), wanted_names(hidden_states, weights), adapters)
+    return run_job(RunJob(call, (layer,), 0), inputs, hidden_states, list(weights.values()))
+
+
 @dataclass(frozen=True, eq=False)
 class HalfJob:
     """One half alone.
@@ -166,6 +213,7 @@ class HalfJob:
         names: of the half's parameters, in the order of its weights.
         wanted: the names that want a gradient, `INPUT` for the half's input.
         policy: what it keeps, and where.
+        adapters: of the half's projections.
     """
 
     call: Call
@@ -173,6 +221,7 @@ class HalfJob:
     names: tuple[str, ...]
     wanted: frozenset[str]
     policy: Policy
+    adapters: Adapters = ()
 
     @cached_property
     def needs(self) -> Needs:
@@ -199,16 +248,17 @@ class HalfJob:
         return sorted(offloaded(self.policy, self.keep))
 
     def _cast(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
-        return cast_weights(dict(zip(self.names, weights, strict=True)), self.call.compute_dtype)
+        named = dict(zip(self.names, weights, strict=True))
+        return cast_weights(self.call.spec, named, self.call.compute_dtype)
 
     def forward(self, x: Tensor, weights: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, Kept]:
         named, keep = self._cast(weights), self.keep
         if self.half == "ffn":
-            z, kept = FFNHalf(self.call, named, inputs, {}).forward(x, keep)
+            z, kept = FFNHalf(self.call, named, inputs, {}, self.adapters).forward(x, x, keep)
             if "mid" in keep:
                 kept["mid"] = x
             return z, kept
-        attn = AttentionHalf(self.call, named, inputs, x, {}, keep)
+        attn = AttentionHalf(self.call, named, inputs, x, {}, keep, self.adapters)
         mid = attn.mid()
         return mid, {name: attn.values[name] for name in sorted(keep)}
 
@@ -216,12 +266,14 @@ class HalfJob:
         self, dz: Tensor, weights: Sequence[Tensor], inputs: Inputs, kept: Kept
     ) -> Gradients:
         call, named, needs = self.call, self._cast(weights), self.needs
-        grads = WeightGrads(call.ops, self.wanted)
+        grads = WeightGrads(call, self.names, weights, self.wanted)
         if self.half == "ffn":
-            dx = FFNHalf(call, named, inputs, kept).backward(kept.get("mid"), dz, needs, grads)
+            ffn = FFNHalf(call, named, inputs, kept, self.adapters)
+            dx = ffn.backward(kept.get("mid"), dz, needs, grads)
         else:
-            dx = AttentionHalf(call, named, inputs, kept.get("x"), kept).backward(dz, needs, grads)
-        return dx, grads.take(self.names, weights)
+            attn = AttentionHalf(call, named, inputs, kept.get("x"), kept, adapters=self.adapters)
+            dx = attn.backward(dz, needs, grads)
+        return dx, grads.take()
 
 
 def _half(
@@ -231,18 +283,26 @@ def _half(
     weights: Mapping[str, Tensor],
     spec: BlockSpec,
     policy: PolicyLike,
+    adapters: AdaptersLike | None,
     **options: Any,
 ) -> Tensor:
     parsed = Policy.parse(policy)
     parsed.check_available()
+    own: Adapters = ()
+    if adapters:
+        found = parse_adapters(spec, adapters)
+        own = tuple(one for one in found if f"{one[0]}.weight" in shapes)
+        shapes = {**shapes, **adapter_parameters(spec, own)}
+        own = own if options["training"] else without_dropout(own)
     call, inputs = prepare(
-        spec, hidden_states, attention=half == "attn", lossy=parsed.lossy, **options
-    )
+        spec, hidden_states, attention=half == "attn", lossy=parsed.lossy, adapters=[own],
+        **options,
+    )  # fmt: skip
     weights = check_weights(weights, shapes, hidden_states, call)
     kind = "attention" if half == "attn" else "ffn"
     [parsed] = effective_policies([parsed], kind=kind) or [KEEP]
     wanted = wanted_names(hidden_states, weights)
-    job = HalfJob(call, half, tuple(weights), wanted, parsed)
+    job = HalfJob(call, half, tuple(weights), wanted, parsed, own)
     return run_job(job, inputs, hidden_states, list(weights.values()))
 
 
@@ -252,6 +312,7 @@ def ffn(
     spec: BlockSpec,
     policy: PolicyLike = "selective",
     *,
+    adapters: AdaptersLike | None = None,
     training: bool = False,
     chunk_size: int | None = None,
     impl: str = "auto",
@@ -265,6 +326,8 @@ def ffn(
             `dict(block.named_parameters())` will do. Gradients flow to them.
         spec: the block it is half of.
         policy: of its activations only `preact` matters here.
+        adapters: projection -> its `LoRA`, or several; their tensors stand among the weights, by
+            the names of `adapter_parameters`. Those of the other half are ignored.
         training: whether dropout is active.
         chunk_size: tokens a chunk; None: the device's default.
         impl: which operations run: `"triton"` (kernels), `"reference"` (PyTorch), or `"auto"`: the
@@ -288,6 +351,7 @@ def ffn(
         weights,
         spec,
         policy,
+        adapters,
         training=training,
         chunk_size=chunk_size,
         impl=impl,
@@ -301,6 +365,7 @@ def attention(
     spec: BlockSpec,
     policy: PolicyLike = "selective",
     *,
+    adapters: AdaptersLike | None = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -316,6 +381,7 @@ def attention(
         weights: the tensors `spec.attention_parameters()` names, by those names; more are ignored.
         spec: the block it is half of.
         policy: of its activations `qkv` and `attn_out` matter here.
+        adapters: as in `ffn`.
         position_embeddings: see `TransformerBlock.forward`, and so the others.
         attention_mask: see position_embeddings.
         cu_seqlens: see position_embeddings.
@@ -339,6 +405,7 @@ def attention(
         weights,
         spec,
         policy,
+        adapters,
         position_embeddings=position_embeddings,
         attention_mask=attention_mask,
         cu_seqlens=cu_seqlens,

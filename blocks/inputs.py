@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,8 @@ from backfuse.kernels.reference.dropout import draw_seed
 
 from .call import CHUNK_SIZE, LATER, Call, Inputs
 from .errors import nearest
+from .lora import Adapters, drops
+from .remember import remembered
 from .spec import BlockSpec, check_spec
 
 
@@ -48,7 +50,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 Layout = tuple[torch.Size, torch.dtype, torch.device]
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def _check_layouts(
     names: tuple[str, ...],
     shapes: tuple[tuple[int, ...], ...],
@@ -69,9 +71,9 @@ def _check_layouts(
 
 
 def _check_weight_dtype(name: str, given: torch.dtype, dtype: torch.dtype, autocast: bool) -> None:
-    if autocast:
-        expected = [torch.float32, torch.bfloat16, torch.float16]
-        reason = "under autocast"
+    if autocast or ".lora_" in name:
+        expected = list(dict.fromkeys((torch.float32, torch.bfloat16, torch.float16, dtype)))
+        reason = "under autocast" if autocast else "as adapters may be"
     elif "_proj." in name:
         expected = [dtype]
         reason = "the dtype of hidden_states; mixed precision is torch.autocast's business"
@@ -88,8 +90,8 @@ def check_weights(
 ) -> dict[str, Tensor]:
     """The weights of a half or a block, in the order of `shapes`.
 
-    Outside autocast projections have the input's dtype, and norms that or fp32; under autocast
-    each may be fp32, bf16 or fp16.
+    Outside autocast projections have the input's dtype, norms that or fp32, and adapters that or
+    any of those that under autocast each may have: fp32, bf16 or fp16.
 
     Raises:
         TypeError: for weights that are no mapping of tensors, or a dtype that does not fit.
@@ -108,9 +110,7 @@ def check_weights(
         # Autograd sees the copy, so that its gradient goes to whom it was made from.
         given[name] = weight.contiguous() if len(shape) == 1 else weight
     layouts = tuple([(w.shape, w.dtype, w.device) for w in given.values()])
-    # Sizes of a traced call may be symbols, which cannot be remembered.
-    check = _check_layouts.__wrapped__ if torch.compiler.is_compiling() else _check_layouts
-    check(tuple(shapes), tuple(shapes.values()), layouts, x.dtype, x.device, call.autocast)
+    _check_layouts(tuple(shapes), tuple(shapes.values()), layouts, x.dtype, x.device, call.autocast)
     return given
 
 
@@ -305,6 +305,7 @@ def prepare(
     layers: int = 1,
     attention: bool = True,
     offload_dir: Path | None = None,
+    adapters: Iterable[Adapters] = (),
 ) -> tuple[Call, Inputs]:
     """Check a call's arguments and put them in order.
 
@@ -323,6 +324,7 @@ def prepare(
         layers: how many layers the call runs through: each drops out with a seed of its own.
         attention: whether the call has an attention half.
         offload_dir: folder of the files that offloaded tensors go to; None: host memory.
+        adapters: the layers', with the dropout that is active.
 
     Raises:
         TypeError: for something of the wrong kind or dtype.
@@ -349,10 +351,12 @@ def prepare(
         if attention_mask is not None:
             attention_mask = _check_mask(attention_mask, spec, x)
         cos, sin = _position_embeddings(position_embeddings, spec, x)
-    kinds = {"residual_dropout", "attention_dropout"} if attention else {"residual_dropout"}
+    kinds = {"residual_dropout", "activation_dropout"}
+    if attention:
+        kinds |= {"attention_dropout"}
     dropout = training and not spec.there.isdisjoint(kinds)
     seed = None
-    if dropout:
+    if dropout or any(map(drops, adapters)):
         traced = torch.compiler.is_compiling()
         seed = torch.ops.backfuse.draw_seed(x, layers) if traced else draw_seed(x, layers)
     inputs = Inputs(cos, sin, attention_mask, cu_seqlens, seed)

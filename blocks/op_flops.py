@@ -20,8 +20,13 @@ from .keep import block_reads, half_needs, half_reads
 from .run import Layer, Tree
 from .told import HALVES, Told, read
 
-#: Products of the FFN half, by name; a weight's are named by the weight.
-_FFN = ("preact", "down", "preact_input", "down_input")
+#: How the names of the FFN half's products begin.
+_FFN = ("preact", "down", "mlp.")
+
+
+def _made(one: Matmul) -> str:
+    """The name of what a product makes, or of what its adapters' products add to."""
+    return one.name.split("_lora")[0]
 
 
 def _matmuls(told: Told, layer: Layer, shape: Sequence[int], masked: bool) -> list[Matmul]:
@@ -50,7 +55,8 @@ def _matmuls(told: Told, layer: Layer, shape: Sequence[int], masked: bool) -> li
         batch_size * score_flops(seq_len, None, width, mask, library, masked)
         for width in (spec.q_size, spec.attn_out_size)
     )
-    found = block_matmuls(spec, layer.policy, layer.wanted, batch_size * seq_len, scores, weighted)
+    tokens, own = batch_size * seq_len, (layer.policy, layer.wanted)
+    found = block_matmuls(spec, *own, tokens, scores, weighted, layer.adapters)
     if told.kind == "block":
         return found
     half = HALVES[told.kind]
@@ -60,8 +66,8 @@ def _matmuls(told: Told, layer: Layer, shape: Sequence[int], masked: bool) -> li
     return [
         one
         for one in found
-        if (one.name in _FFN or one.name.startswith("mlp.")) == (half == "ffn")
-        and (one.phase != "recompute" or one.name in again)
+        if one.name.startswith(_FFN) == (half == "ffn")
+        and (one.phase != "recompute" or _made(one) in again)
     ]
 
 
@@ -81,7 +87,7 @@ def _output(told: Told, layer: Layer, matmuls: Sequence[Matmul]) -> int:
         needed.append("down")
         if "preact" not in kept or "preact_scales" in kept:
             needed.append("preact")
-    return sum(one.flops for one in matmuls if one.phase == "forward" and one.name in needed)
+    return sum(one.flops for one in matmuls if one.phase == "forward" and _made(one) in needed)
 
 
 def _rebuilt(node: Tree, outputs: Sequence[int]) -> int:

@@ -7,7 +7,6 @@ lives in this one. The same text is read once.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -21,6 +20,7 @@ from .call import Call, Inputs
 from .function import HalfJob, Job
 from .inputs import plain_call, with_attention
 from .keep import INPUT, half_needs, half_reads
+from .lora import LoRA, adapter_parameters
 from .policy import Policy
 from .run import Layer, RunJob, Tree
 from .spec import BlockSpec
@@ -35,13 +35,23 @@ HALVES = {"attention": "attn", "ffn": "ffn"}
 # The functions that write are traced by torch.compile: they are f-strings over constants.
 
 
-def _layer_text(policy: Policy, names: Sequence[str], wanted: frozenset[str]) -> str:
-    flags = "".join(["1" if name in wanted else "0" for name in (INPUT, *names)])
+def _adapter_text(lora: LoRA) -> str:
+    bias = "true" if lora.use_bias else "false"
+    return f'[{lora.rank}, {lora.scale}, {lora.dropout}, {bias}, "{lora.name}"]'
+
+
+def _layer_text(layer: Layer | HalfJob) -> str:
+    policy = layer.policy
+    flags = "".join(["1" if name in layer.wanted else "0" for name in (INPUT, *layer.names)])
+    adapters = [
+        f'["{name}", [{", ".join([_adapter_text(lora) for lora in several])}]]'
+        for name, several in layer.adapters
+    ]
     actions = (
         f"x={policy.x}, qkv={policy.qkv}, attn_out={policy.attn_out}, mid={policy.mid}, "
         f"preact={policy.preact}"
     )
-    return f'["{actions}", "{flags}"]'
+    return f'["{actions}", "{flags}", [{", ".join(adapters)}]]'
 
 
 def _tree_text(tree: Tree) -> str:
@@ -63,10 +73,10 @@ def write(job: Job) -> str:
     """The text for a job: JSON."""
     call = job.call
     if isinstance(job, HalfJob):
-        layers, tree = _layer_text(job.policy, job.names, job.wanted), "0"
+        layers, tree = _layer_text(job), "0"
     else:
         assert isinstance(job, RunJob)
-        texts = [_layer_text(one.policy, one.names, one.wanted) for one in job.layers]
+        texts = [_layer_text(one) for one in job.layers]
         layers, tree = ", ".join(texts), _tree_text(job.tree)
     autocast = f'"{str(call.compute_dtype)[6:]}"' if call.autocast else "null"
     return (
@@ -128,7 +138,8 @@ class Told:
         if self.kind == "block":
             return RunJob(call, self.layers, self.tree)
         [layer] = self.layers
-        return HalfJob(call, HALVES[self.kind], layer.names, layer.wanted, layer.policy)
+        half = HALVES[self.kind]
+        return HalfJob(call, half, layer.names, layer.wanted, layer.policy, layer.adapters)
 
     @cached_property
     def wants_input(self) -> bool:
@@ -178,6 +189,7 @@ class Told:
         spec, compute = self.spec, self.autocast or dtype
         index, _, own = name.rpartition(".")
         lossy = self.layers[int(index or 0)].policy.lossy
+        branch = dtype if spec.norm_after_residual else compute
         high, statistics = accumulate_dtype(compute), spec.norm_spec.statistics
         if own == "lse":
             return (batch_size, spec.num_attention_heads, tokens // batch_size), high
@@ -191,8 +203,8 @@ class Told:
             "mid": (spec.hidden_size, dtype),
             "preact": (spec.preact_size, FP8 if lossy else compute),
             "preact_scales": (spec.preact_scales, torch.float32),
-            "attn_branch": (spec.hidden_size, compute),
-            "ffn_branch": (spec.hidden_size, compute),
+            "attn_branch": (spec.hidden_size, branch),
+            "ffn_branch": (spec.hidden_size, branch),
         }[own]
         return (tokens, width), kind
 
@@ -207,9 +219,10 @@ def read(text: str) -> Told:
         "attention": spec.attention_parameters,
         "ffn": spec.ffn_parameters,
     }[told["kind"]]()
-    names = tuple(shapes)
     layers = []
-    for actions, flags in told["layers"]:
+    for actions, flags, given in told["layers"]:
+        adapters = tuple((name, tuple(LoRA(*one) for one in several)) for name, several in given)
+        names = (*shapes, *adapter_parameters(spec, adapters))
         wanted = [name for name, flag in zip((INPUT, *names), flags, strict=True) if flag == "1"]
         policy = Policy.parse(actions)
         if policy.offloads:
@@ -218,7 +231,7 @@ def read(text: str) -> Told:
                 "in a selective checkpoint, what a block keeps is an operator's output, whose "
                 "place is the device. Run offloading blocks outside of both"
             )
-        layers.append(Layer(policy, names, frozenset(wanted)))
+        layers.append(Layer(policy, names, frozenset(wanted), adapters))
     autocast = told["autocast"] and getattr(torch, told["autocast"])
     return Told(
         told["kind"], spec, tuple(layers), _tree(told["tree"]), autocast,

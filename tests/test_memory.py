@@ -66,7 +66,7 @@ def test_to_the_byte(family, frozen, input_grad):
     head_dim=st.sampled_from([2, 6, 8]),
     width=st.integers(1, 40),
     ffn=st.integers(1, 40),
-    position=st.sampled_from(["pre", "post", "both"]),
+    position=st.sampled_from(["pre", "post", "both", "after_residual"]),
     norm=st.sampled_from(["rmsnorm", "layernorm"]),
     gated=st.booleans(),
     policy=st.sampled_from(POLICIES + FP8_POLICIES),

@@ -1,9 +1,12 @@
 """Transformer blocks that choose, tensor by tensor, what to keep for the backward pass."""
 
+from backfuse.blocks.adapters.patch import patch, unpatch
+from backfuse.blocks.adapters.report import PatchReport
 from backfuse.blocks.block import TransformerBlock
 from backfuse.blocks.flash_attention import flash_attention
 from backfuse.blocks.flops import Flops, block_flops
 from backfuse.blocks.function import attention, ffn
+from backfuse.blocks.lora import LoRA, adapter_parameters
 from backfuse.blocks.memory import host_bytes, kept_bytes
 from backfuse.blocks.ops import SAVE_OPS
 from backfuse.blocks.planner.plan import Plan, apply, plan
@@ -20,10 +23,13 @@ __all__ = [
     "BlockSpec",
     "BlockStack",
     "Flops",
+    "LoRA",
+    "PatchReport",
     "Plan",
     "Policy",
     "TransformerBlock",
     "__version__",
+    "adapter_parameters",
     "apply",
     "attention",
     "block_flops",
@@ -31,6 +37,8 @@ __all__ = [
     "flash_attention",
     "host_bytes",
     "kept_bytes",
+    "patch",
     "plan",
     "rope_cos_sin",
+    "unpatch",
 ]
