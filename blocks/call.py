@@ -163,10 +163,10 @@ class WeightGrads:
         self.totals: dict[str, Tensor] = {}
         # what a layer scale's gradient is computed from
         self.scaled = {
-            f"{OUT_PROJECTION[half]}.{kind}": scale
+            name: scale
             for half, scale in LAYER_SCALE.items()
-            for kind in ("weight", "bias")
-            if scale in names
+            for name in (f"{OUT_PROJECTION[half]}.weight", f"{OUT_PROJECTION[half]}.bias")
+            if scale in names and name in names
         }
         # with one chunk there is nothing to sum: a share is the gradient, rounded as it is written
         self.alone = call.batch_size * call.seq_len <= call.chunk_size

@@ -45,13 +45,9 @@ FAMILIES = {
         qkv_bias=True, o_bias=True, up_bias=True, down_bias=True, rotary_dim=4, stacked_qkv=True,
         qkv_per_head=True, residual_dropout=0.1,
     ),
-    "gptj": BlockSpec(
-        32, 48, 4, 2, norm="layernorm", norm_bias=False, norm_position="both",
-        parallel_residual=True, shared_norm=True, rope="interleaved", residual_multiplier=0.7,
-    ),
-    "dinov2": BlockSpec(
-        32, 48, 4, norm="layernorm", hidden_act="gelu", gated=False, rope=None, causal=False,
-        qkv_bias=True, o_bias=True, up_bias=True, down_bias=True, layer_scale=True,
+    "shared-norm-and-layer-scale": BlockSpec(
+        32, 48, 4, 2, norm="layernorm", norm_bias=False, parallel_residual=True, shared_norm=True,
+        rope="interleaved", layer_scale=True, down_bias=True, residual_multiplier=0.7,
         residual_dropout=0.1,
     ),
     "odd-sizes": BlockSpec(30, 45, 3, 1, head_dim=10, qkv_bias=True, residual_multiplier=0.22),
