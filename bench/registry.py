@@ -8,7 +8,7 @@ from functools import partial
 
 import pandas as pd
 
-from . import operations, own, peers
+from . import hf_model, operations, own, peers
 from .options import choose, compiler_missing
 from .problem import Case, Contender, Problem, plain
 from .shapes import ALL_SHAPES
@@ -130,6 +130,20 @@ _CORES["flash-attn"] = Provider(
     peers.flash_attention, package="flash-attn", module="flash_attn", obstacle=peers.needs_half
 )
 
+
+def _of_model(
+    summary: str, problem: Callable[[Case], Problem], package: str = "transformers"
+) -> Operation:
+    """A whole model: its own checkpointing, the compiler's, and ours."""
+    needs = {"package": package, "module": package, "obstacle": hf_model.needs_llama}
+    providers = {
+        **{name: replace(_way(name), **needs) for name in ("eager", "compile")},
+        "hf-checkpointing": Provider(hf_model.checkpointing, keeps_all=False, **needs),
+        "backfuse": Provider(hf_model.patched, own.POLICIES, keeps_all=False, **needs),
+    }
+    return Operation(summary, problem, providers)
+
+
 #: Name -> operation.
 OPERATIONS: dict[str, Operation] = {
     "norm": Operation(
@@ -181,6 +195,10 @@ OPERATIONS: dict[str, Operation] = {
             **_ways("eager", "checkpoint", "sac-attention", "compile", "compile-0.5"),
             **_ours(own.train, own.POLICIES),
         },
+    ),
+    "model": _of_model("a whole Hugging Face model: loss and gradients", hf_model.problem),
+    "lora": _of_model(
+        "the same with LoRA on all projections, the rest frozen", hf_model.lora, "peft"
     ),
 }
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import backfuse
-from backfuse import NAMED_POLICIES, Policy, kept_bytes, patch, plan, unpatch
-from backfuse.blocks.adapters import patched
+from backfuse import NAMED_POLICIES, Policy, kept_bytes, patch, plan, rope_cos_sin, unpatch
+from backfuse.blocks.adapters import patched, verify
 
 
 @pytest.fixture(autouse=True)
@@ -346,6 +346,46 @@ def test_calls_that_a_block_does_not_know(own):
         half = tuple(part[..., :4] for part in angles)
         with pytest.raises(RuntimeError):
             layer(x, position_embeddings=half)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_mask_that_says_what_the_spec_says_is_not_read(attention, monkeypatch):
+    model = make_model("gemma3_text", attn_implementation=attention)
+    inputs = batch("gemma3_text")
+    patch(model)
+    masks = []
+    run = verify.block
+
+    def note(*args, **given):
+        masks.append(given["attention_mask"])
+        return run(*args, **given)
+
+    monkeypatch.setattr(verify, "block", note)
+    model(**inputs)
+    assert masks == [None, None]
+    seen = torch.ones(2, 40, dtype=torch.long)
+    seen[1, -3:] = 0
+    model(**inputs, attention_mask=seen)
+    assert all(mask.shape[-2:] == (40, 40) for mask in masks[2:])
+    layer, x = model.model.layers[0], torch.randn(1, 20, 48)
+    angles = rope_cos_sin(torch.arange(20)[None], 16)
+    distance = torch.arange(20)[:, None] - torch.arange(20)
+    for window in (8, 9, 10):  # the layer's is 9
+        visible = ((distance >= 0) & (distance < window))[None, None]
+        added = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+        for mask in (visible, added, added * 0.9, added + 0.1):
+            masks.clear()
+            layer(x, position_embeddings=angles, attention_mask=mask)
+            plain = window == 9 and (mask.dtype == torch.bool or mask.max() == 0)
+            assert (masks[0] is None) == plain
+    masks.clear()
+    visible = (distance >= 0) & (distance < 9)
+    visible = visible[None, None].clone()
+    for change in (False, True):  # the answer is that of the tensor as it is
+        if change:
+            visible[0, 0, 3, 3] = False
+        layer(x, position_embeddings=angles, attention_mask=visible)
+    assert masks[0] is None and masks[1] is not None
 
 
 def test_a_forward_of_the_instance_is_left_alone():

@@ -56,6 +56,7 @@ FUSED = {
             "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
         },
     },
+    "granite": {**SIZES, "residual_multiplier": 0.3, "attention_multiplier": 0.4},
     "gpt2": GPT2,
     "bert": TEXT_ENCODER,
     "vit": {**ENCODER, "image_size": 32, "patch_size": 8},

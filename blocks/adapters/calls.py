@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backfuse.blocks.lora import Adapters, LoRA
+from backfuse.blocks.spec import BlockSpec
+
 from .attributes import attribute, implementation
+from .peft import unwrap
 from .projections import projection
 from .recipe import Recipe
 from .stand_in import ANGLES, MASK
@@ -95,11 +99,41 @@ def _mask(recipe: Recipe, x: Tensor, mask: Any) -> Tensor | None:
         raise OwnForward(f"its {MASK} is of shape {list(mask.shape)}, with {seq_len} tokens")
     if not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise OwnForward(f"its {MASK} is {mask.dtype}")
+    if mask.shape[2] == seq_len and _says_the_spec(mask, spec):
+        return None
     return mask.expand(-1, -1, seq_len, -1)
 
 
-def weights_of(layer: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
-    """The live parameters by the spec's names, if nothing else happens in their modules."""
+def _says_the_spec(mask: Tensor, spec: BlockSpec) -> bool:
+    """Whether a mask hides what the spec hides anyway: a block then needs not read it.
+
+    Eager attention and sliding windows always come with one. All layers are given the same tensor:
+    the answer is left on it. On a GPU finding it makes the host wait, once a step.
+    """
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    known: dict[object, bool] = vars(mask).setdefault("_backfuse_says", {})
+    key = mask._version, spec.causal, spec.sliding_window
+    if key not in known:
+        tokens = torch.arange(mask.shape[-1], device=mask.device)
+        distance = tokens[:, None] - tokens
+        hidden = (distance < 0) if spec.causal else torch.zeros_like(distance, dtype=torch.bool)
+        if spec.sliding_window is not None:
+            hidden |= distance.abs() >= spec.sliding_window
+        if mask.dtype == torch.bool:
+            known[key] = bool((mask != hidden).all())
+        else:
+            lowest = torch.finfo(mask.dtype).min / 2
+            known[key] = bool(((mask <= lowest) == hidden).all() and (mask == 0).ne(hidden).all())
+    return known[key]
+
+
+def weights_of(layer: nn.Module, recipe: Recipe) -> tuple[dict[str, Tensor], Adapters]:
+    """The live parameters by the spec's names, and PEFT's active LoRA with its own.
+
+    Raises:
+        OwnForward: if anything else happens in their modules.
+    """
     skipped = recipe.rest or ()
     for path, module in _parts(layer, skipped):
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
@@ -113,25 +147,34 @@ def weights_of(layer: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
             spec = recipe.spec
             if spec.attention_dropout or spec.residual_dropout:
                 raise OwnForward(f"{path} is in another mode than its layer, which drops out")
-    weights = {}
+    weights: dict[str, Tensor] = {}
+    adapters: dict[str, tuple[LoRA, ...]] = {}
     for name, path in recipe.names.items():
         place, _, kind = path.rpartition(".")
-        module = layer.get_submodule(place)
+        try:
+            live = unwrap(layer.get_submodule(place))
+        except TypeError as error:
+            raise OwnForward(f"{place}: {error}") from error
+        module = live.module
         if place in recipe.types:
             if type(module) is not recipe.types[place]:
                 raise OwnForward(f"{place} is a {type(module).__name__}")
             weight = getattr(module, kind)
         else:
             found = projection(module)
-            if found is None or found.adapters:
+            if found is None:
                 raise OwnForward(
                     f"{place} is a {type(module).__name__} of {type(module).__module__}"
                 )
             weight = found.weight if kind == "weight" else found.bias
+            if live.adapters and kind == "weight":
+                own = name.removesuffix(".weight")
+                weights |= live.weights(own)
+                adapters[own] = live.adapters
         if type(weight) not in (Tensor, nn.Parameter):
             raise OwnForward(f"{path} is a {type(weight).__name__}")
         weights[name] = weight
-    return weights
+    return weights, tuple(adapters.items())
 
 
 def _parts(

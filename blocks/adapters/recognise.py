@@ -185,7 +185,9 @@ class Reading:
         window = attribute(self.layer, ("sliding_window",), int)
         causal = any(getattr(m, "is_causal", False) for m in self.layer.modules())
         sinks = [n for n, p in self.layer.named_parameters() if n.endswith(".sinks")]
+        factor = getattr(self.layer, "residual_multiplier", 1.0)
         return {
+            "residual_multiplier": float(factor),
             "hidden_size": self.width,
             "num_attention_heads": q_size // head,
             "num_key_value_heads": kv_size // head,

@@ -79,7 +79,7 @@ def run_hf(
         given.pop(name, None)
     mid = attention(x, weights, recipe.spec, policy, **given)
     norm, ffn = (layer.get_submodule(path) for path in recipe.rest)
-    return mid + first_tensor(ffn(norm(mid)))
+    return torch.add(mid, first_tensor(ffn(norm(mid))), alpha=recipe.spec.residual_multiplier)
 
 
 def _run_guess(

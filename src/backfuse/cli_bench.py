@@ -20,7 +20,12 @@ OPERATIONS = {
     "block": "a transformer block",
     "stack": "a stack of blocks",
     "train": "a training step with AdamW of a small model around a stack",
+    "model": "a whole Hugging Face model: loss and gradients",
+    "lora": "the same with LoRA on all projections, the rest frozen",
 }
+
+#: Those of several blocks, where the user says so.
+SEVERAL = ("ffn", "stack", "train", "model", "lora")
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -59,7 +64,7 @@ def _add_operation(subjects: Any, op: str, summary: str) -> None:
         "--tokens", metavar="2k,8k", help="of a step (default: 8k on a GPU, 2k on a CPU)"
     )
     parser.add_argument("--batch-size", type=int, default=1, help="sequences (default: 1)")
-    if op in ("ffn", "stack", "train"):
+    if op in SEVERAL:
         default = "1" if op == "ffn" else "4 on a GPU, 8 on a CPU"
         parser.add_argument("--layers", type=int, help=f"in a row (default: {default})")
     parser.add_argument(
