@@ -164,7 +164,7 @@ class FFNHalf:
             scales = kept["preact_scales"][rows] if "preact_scales" in kept else None
             normed = hidden = projected = None
             if part is not None and reads_preact and preact is None:
-                normed = self._normed(mid[rows], rows)
+                normed = self._normed(part, rows)
             if post is not None:
                 if normed is None:
                     projected = kept["ffn_branch"][rows]
@@ -192,6 +192,7 @@ class FFNHalf:
                 hidden = call.ops.activation_forward(preact, *self.activation, scales, dy.dtype)
                 hidden = self._drop(hidden, rows)
             elif hidden is None:
+                assert normed is not None
                 hidden = call.ops.ffn_up(
                     *self._up(normed), products=self.ups.low_rank.forward(normed, rows)
                 )
