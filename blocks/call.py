@@ -39,7 +39,7 @@ from .spec import LAYER_SCALE, BlockSpec
 CHUNK_SIZE = {"cpu": 1024, "cuda": 4096}
 
 #: Numbers of the dropouts of a block, for the counter (see `dropout.py`).
-SITES = {"scores": 0, "attn": 1, "ffn": 2}
+SITES = {"scores": 0, "attn": 1, "ffn": 2, "hidden": 3}
 
 #: Where the output projection of each half is, by Hugging Face's names.
 OUT_PROJECTION = {"attn": "self_attn.o_proj", "ffn": "mlp.down_proj"}

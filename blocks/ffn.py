@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backfuse.kernels.reference.dropout import dropout_rows_
 from backfuse.kernels.reference.fp8 import DTYPE as FP8
 
-from .call import Branch, Call, Inputs, NormUse, Projections, WeightGrads, Weights
+from .call import SITES, Branch, Call, Inputs, NormUse, Projections, WeightGrads, Weights
 from .keep import Needs
 from .lora import Adapters
 
@@ -55,6 +56,15 @@ class FFNHalf:
         self.activation = (spec.hidden_act, spec.gated)
         self.norm = NormUse(call, weights, "ffn_norm", kept) if spec.pre_norm else None
         self.branch = Branch(call, weights, "ffn", adapters, inputs.seed, kept)
+        self.p = spec.activation_dropout if call.dropout else 0.0
+        self.seed = inputs.seed
+
+    def _drop(self, x: Tensor, rows: slice) -> Tensor:
+        """Dropout of the hidden in place, or of what is linear in its gradient."""
+        if not self.p:
+            return x
+        assert self.seed is not None
+        return dropout_rows_(x, self.seed, self.p, rows.start, SITES["hidden"])
 
     def _normed(self, mid: Tensor, rows: slice) -> Tensor:
         """The normalised input of a chunk, in the compute dtype."""
@@ -117,6 +127,7 @@ class FFNHalf:
                     preact=out["preact"][rows] if "preact" in out else None,
                     scales=out["preact_scales"][rows] if "preact_scales" in out else None,
                 )
+            hidden = self._drop(hidden, rows)
             if self.branch.post is None:
                 self.branch.forward(beside, hidden, rows, z[rows])
                 continue
@@ -164,7 +175,7 @@ class FFNHalf:
                     projected = kept["ffn_branch"][rows]
                 else:
                     preact = dpreact
-                    hidden = self._activate(normed, rows, preact=preact)
+                    hidden = self._drop(self._activate(normed, rows, preact=preact), rows)
                     projected = self.branch.project(hidden, part, rows)
             residual, dsum = dz[rows], None
             if spec.norm_after_residual and needs.branch:
@@ -179,8 +190,9 @@ class FFNHalf:
                 )
             elif hidden is None and preact is not None:
                 hidden = call.ops.activation_forward(preact, *self.activation, scales, dy.dtype)
+                hidden = self._drop(hidden, rows)
             elif hidden is None:
-                hidden = self._activate(normed, rows)
+                hidden = self._drop(self._activate(normed, rows), rows)
             if hidden is not None:
                 self.branch.backward_weight(dy, u, hidden, rows, grads)
             if needs.inner:
@@ -202,8 +214,9 @@ class FFNHalf:
         grads: WeightGrads,
     ) -> Tensor | None:
         """Down projection and activation: writes dpreact, gives the hidden."""
+        want_biases = self.ups.want_biases(grads)
         wanted: dict[str, Any] = {
-            "need_hidden": needs.out, "need_dbias": self.ups.want_biases(grads),
+            "need_hidden": needs.out, "need_dbias": want_biases and not self.p,
             **self.branch.low_rank.input_terms(u, rows),
         }  # fmt: skip
         down = self.branch.weight
@@ -217,6 +230,12 @@ class FFNHalf:
             hidden, dbias = self.call.ops.ffn_dact(
                 dy, down, preact, *self.activation, dpreact, scales=scales, **wanted
             )
+        if self.p:  # dpreact is linear in the hidden's gradient: what drops out there is 0 here
+            for part in dpreact.chunk(2 if self.spec.gated else 1, -1):
+                self._drop(part, rows)
+            hidden = None if hidden is None else self._drop(hidden, rows)
+            if want_biases:
+                self.ups.backward_biases(dpreact, grads)
         if dbias is not None:
             self.ups.add_biases(dbias, grads)
         return hidden
