@@ -70,8 +70,8 @@ def step(model: Any, inputs: torch.Tensor, targets: torch.Tensor, losses: list[f
 def main(arguments: list[str] | None = None) -> list[tuple[str, float, int, int]]:
     """Trains and prints a table; returns name, loss, held and peak bytes of its rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=150, help="with adapters (default: 150)")
-    parser.add_argument("--base-steps", type=int, default=150, help="before them (default: 150)")
+    parser.add_argument("--steps", type=int, default=100, help="with adapters (default: 100)")
+    parser.add_argument("--base-steps", type=int, default=100, help="before them (default: 100)")
     parser.add_argument("--rank", type=int, default=8, help="of each adapter (default: 8)")
     parser.add_argument("--policy", default="selective", help="what patched layers keep")
     options = parser.parse_args(arguments)
