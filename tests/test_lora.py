@@ -421,8 +421,15 @@ def test_selective_keeps_a_third_of_plain_pytorch():
 # The kernels
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "neox", "odd-sizes"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "family, dtype",
+    [
+        ("llama", torch.bfloat16),
+        ("phi3", torch.float32),
+        ("neox", torch.bfloat16),
+        ("odd-sizes", torch.float32),
+    ],
+)
 def test_kernels(family, dtype, poisoned_empty):
     """As good as the reference, and the same bits under every policy and strategy."""
     spec = FAMILIES[family]
@@ -443,20 +450,15 @@ def test_kernels(family, dtype, poisoned_empty):
         assert (a is None) == (b is None) == (c is None)
         if a is not None:
             assert_as_good_as(name, a.cpu(), b.cpu(), c, eps, 4 * c.abs().max().item())
-    for policy, strategy in (
-        ("selective", "split"),
-        ("full", "fused"),
-        ({"mid": "recompute"},) * 2,
-    ):
-        block.policy = policy
-        block.ffn_strategy = strategy if isinstance(strategy, str) else "auto"
+    for policy, strategy in (("selective", "split"), ("full", "fused")):
+        block.policy, block.ffn_strategy = policy, strategy
         assert same_bits(results(model, x, grad), ours), policy
 
 
 def test_kernels_with_dropout_and_adapters_on_some_projections(poisoned_empty):
     x, grad = make_input(LLAMA, seq_len=20)
     x, grad = x.detach().to(DEVICE).requires_grad_(), grad.to(DEVICE)
-    for names in (["up_proj"], ["gate_proj", "o_proj"], ["down_proj", "v_proj"]):
+    for names in (["up_proj", "o_proj"], ["gate_proj", "down_proj"]):
         block = make_block(LLAMA)
         model = with_peft(block, target_modules=names, lora_dropout=0.3).to(DEVICE)
         theirs = results(model, x, grad)
