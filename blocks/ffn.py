@@ -72,6 +72,12 @@ class FFNHalf:
             return mid.to(self.call.compute_dtype)
         return self.norm.apply(mid, rows)
 
+    def _activate(self, normed: Tensor | None, rows: slice, **written: Tensor | None) -> Tensor:
+        """The hidden, from the normed input of a chunk; `written` as `ffn_up` takes it."""
+        assert normed is not None
+        products = self.ups.low_rank.forward(normed, rows)
+        return self.call.ops.ffn_up(*self._up(normed), products=products, **written)
+
     def _up(
         self, normed: Tensor | None
     ) -> tuple[Tensor, list[Tensor], list[Tensor | None], str, bool]:
@@ -115,10 +121,9 @@ class FFNHalf:
             if "preact" in kept and "preact_scales" not in kept:
                 hidden = ops.activation_forward(kept["preact"][rows], *self.activation)
             else:
-                normed = self._normed(mid[rows], rows)
-                hidden = ops.ffn_up(
-                    *self._up(normed),
-                    products=self.ups.low_rank.forward(normed, rows),
+                hidden = self._activate(
+                    self._normed(mid[rows], rows),
+                    rows,
                     preact=out["preact"][rows] if "preact" in out else None,
                     scales=out["preact_scales"][rows] if "preact_scales" in out else None,
                 )
@@ -170,12 +175,7 @@ class FFNHalf:
                     projected = kept["ffn_branch"][rows]
                 else:
                     preact = dpreact
-                    hidden = call.ops.ffn_up(
-                        *self._up(normed),
-                        products=self.ups.low_rank.forward(normed, rows),
-                        preact=preact,
-                    )
-                    hidden = self._drop(hidden, rows)
+                    hidden = self._drop(self._activate(normed, rows, preact=preact), rows)
                     projected = self.branch.project(hidden, part, rows)
             residual, dsum = dz[rows], None
             if spec.norm_after_residual and needs.branch:
@@ -192,11 +192,7 @@ class FFNHalf:
                 hidden = call.ops.activation_forward(preact, *self.activation, scales, dy.dtype)
                 hidden = self._drop(hidden, rows)
             elif hidden is None:
-                assert normed is not None
-                hidden = call.ops.ffn_up(
-                    *self._up(normed), products=self.ups.low_rank.forward(normed, rows)
-                )
-                hidden = self._drop(hidden, rows)
+                hidden = self._drop(self._activate(normed, rows), rows)
             if hidden is not None:
                 self.branch.backward_weight(dy, u, hidden, rows, grads)
             if needs.inner:

@@ -165,7 +165,7 @@ def _everything(
         "ffn_post_norm_stats": post_stats,
     }
     result = {name: tokens * size for name, size in per_token.items() if name in kept}
-    own_dropout = spec.attention_dropout or spec.residual_dropout or spec.activation_dropout
-    if training and wanted and (own_dropout or drops(own)):
+    dropouts = spec.attention_dropout, spec.residual_dropout, spec.activation_dropout
+    if training and wanted and (any(dropouts) or drops(own)):
         result["seed"] = 8
     return result, offloaded(parsed, kept)
