@@ -14,9 +14,9 @@ both run the same lines: that is why a rebuilt activation has the bits of the fi
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from functools import cached_property
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from backfuse.kernels.reference.norm import accumulate_dtype
@@ -105,7 +105,7 @@ class AttentionHalf:
         elif "qkv" not in self.values:
             self._scratch = qkv
         qk = (qkv if self._scratch is None else self._scratch)[:, :qk_size]
-        cos, sin = self._angles()
+        cos, sin = self._angles
         names = ("attn_out", "dout", "delta")
         for rows in call.chunks():
             if project:
@@ -130,8 +130,9 @@ class AttentionHalf:
         return self._heads
 
     def _split(self, x: Tensor, head_dim: int) -> Tensor:
-        return rearrange(x, "(b t) (n d) -> b t n d", b=self.call.batch_size, d=head_dim)
+        return x.view(self.call.batch_size, self.call.seq_len, -1, head_dim)
 
+    @cached_property
     def _angles(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """cos and sin, one row a token: `[tokens, rotary_dim]`; None without RoPE."""
         if self.spec.rope is None:
@@ -243,14 +244,16 @@ class AttentionHalf:
         assert attn_out is not None
         delta = self._new_delta(dout)
         heads = self.heads(None if delta is None else (attn_out, dout, delta))
-        by_head = "(b t) n -> b n t"  # as LSE has it
+        by_head = None  # [batch, heads, seq_len], as LSE is
+        if delta is not None:
+            by_head = delta.view(call.batch_size, call.seq_len, -1).transpose(1, 2)
         *dheads, dsinks = call.core.attention_backward(
             self._split(dout, spec.v_head_dim),
             *heads,
             self._split(attn_out, spec.v_head_dim),
             self.values["lse"],
             call.mask,
-            delta=None if delta is None else rearrange(delta, by_head, b=call.batch_size),
+            delta=by_head,
             sinks=self.sinks,
             bias=self.inputs.attention_mask,
             cu_seqlens=self.inputs.cu_seqlens,
@@ -294,7 +297,7 @@ class AttentionHalf:
             grads: where the weights' gradients go.
         """
         call, spec = self.call, self.spec
-        cos, sin = self._angles()
+        cos, sin = self._angles
         dx = torch.empty_like(residual) if needs.input else None
         qk_size = spec.q_size + spec.kv_size
         names = [f"self_attn.{name}_norm.weight" for name in "qk"]

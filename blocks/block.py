@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .function import block
 from .inputs import check_chunk_size, check_impl, check_offload_dir
 from .policy import Policy, PolicyLike
-from .spec import BlockSpec, check_spec
+from .spec import LAYER_SCALE, BlockSpec, check_spec
 
 #: The one parameter that stands in no module of its own.
 SINKS = "self_attn.sinks"
@@ -60,12 +60,28 @@ class Conv1D(nn.Module):
             self.bias = nn.Parameter(torch.empty(shape[1:], device=device, dtype=dtype))
 
 
+class LayerScale(nn.Module):
+    """The factors of a half's output; the block does the arithmetic.
+
+    Args:
+        width: `[width]` of the parameter, which starts at 1.
+        device: of the parameter.
+        dtype: of the parameter.
+    """
+
+    def __init__(self, width: int, device: Any, dtype: Any) -> None:
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+
+
 def parameter_modules(spec: BlockSpec, device: Any, dtype: Any) -> dict[str, nn.Module]:
     """The modules that hold a block's parameters, by Hugging Face's names."""
     modules: dict[str, nn.Module] = {}
     shapes = spec.parameters()
     for name, shape in shapes.items():
         path, _, kind = name.rpartition(".")
+        if name in LAYER_SCALE.values():
+            modules[path] = LayerScale(shape[0], device, dtype)
         if kind != "weight":
             continue
         bias = f"{path}.bias" in shapes
@@ -158,6 +174,8 @@ class TransformerBlock(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, LayerScale):
+                nn.init.ones_(module.lambda1)
         if self.spec.attention_sinks:
             nn.init.normal_(self.get_parameter(SINKS), std=0.02)
 
@@ -174,7 +192,7 @@ class TransformerBlock(nn.Module):
             module: Any = self
             for step in path:
                 module = None if module is None else module._modules.get(step)
-            if type(module) not in (nn.Linear, Norm, Conv1D) and name != SINKS:
+            if type(module) not in (nn.Linear, Norm, Conv1D, LayerScale) and name != SINKS:
                 raise TypeError(
                     f"{'.'.join(path)} is a {type(module).__name__}, expected a plain "
                     "torch.nn.Linear or the block's own norm: a block reads its weight and would "

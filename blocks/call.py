@@ -30,14 +30,14 @@ from backfuse.kernels.reference.norm import accumulate_dtype
 
 from .keep import Needs
 from .layouts import as_parameter, in_order
-from .spec import BlockSpec
+from .spec import LAYER_SCALE, BlockSpec
 
 #: Tokens a chunk, by device type. A CPU wants the chunk's scratch in its caches; a GPU wants
 #: GEMMs large enough to fill it.
 CHUNK_SIZE = {"cpu": 1024, "cuda": 4096}
 
 #: Numbers of the dropouts of a block, for the counter (see `dropout.py`).
-SITES = {"scores": 0, "attn": 1, "ffn": 2}
+SITES = {"scores": 0, "attn": 1, "ffn": 2, "hidden": 3}
 
 #: Where the output projection of each half is, by Hugging Face's names.
 OUT_PROJECTION = {"attn": "self_attn.o_proj", "ffn": "mlp.down_proj"}
@@ -161,30 +161,64 @@ class WeightGrads:
         self.names, self.weights = names, weights
         self.wanted = wanted
         self.totals: dict[str, Tensor] = {}
+        # what a layer scale's gradient is computed from
+        self.scaled = {
+            f"{OUT_PROJECTION[half]}.{kind}": scale
+            for half, scale in LAYER_SCALE.items()
+            for kind in ("weight", "bias")
+            if scale in names
+        }
         # with one chunk there is nothing to sum: a share is the gradient, rounded as it is written
         self.alone = call.batch_size * call.seq_len <= call.chunk_size
 
     def outer(self, name: str, dy: Tensor, x: Tensor) -> None:
         """Add `dy^T x`: a projection's weight."""
-        if name in self.wanted:
+        if name in self.wanted or self.scaled.get(name) in self.wanted:
             if self.spec.conv1d:  # the parameter is [in, out]
                 dy, x = x, dy
-            dtype = self.weights[self.names.index(name)].dtype if self.alone else None
+            exact = not self.alone or name in self.scaled
+            dtype = None if exact else self.weights[self.names.index(name)].dtype
             self.totals[name] = self.ops.accumulate_outer(self.totals.get(name), dy, x, dtype)
 
     def rows(self, name: str, dy: Tensor) -> None:
         """Add the sum over rows: a bias."""
-        if name in self.wanted:
-            self.add(name, dy.sum(0, dtype=accumulate_dtype(dy.dtype)))
+        if name in self.wanted or self.scaled.get(name) in self.wanted:
+            self._add(name, dy.sum(0, dtype=accumulate_dtype(dy.dtype)))
 
     def add(self, name: str, share: Tensor | None) -> None:
         """Add what a chunk gives."""
         if share is not None and name in self.wanted:
-            total = self.totals.get(name)
-            self.totals[name] = share if total is None else total.add_(share)
+            self._add(name, share)
+
+    def _add(self, name: str, share: Tensor) -> None:
+        total = self.totals.get(name)
+        self.totals[name] = share if total is None else total.add_(share)
+
+    def _scale(self, name: str) -> None:
+        """From the gradient of a scaled projection's weight or bias: that of it, and the scale's.
+
+        With `z = s (x W^T + b)` and `G = dz^T x`: `dW = s G`, `db = s sum(dz)`, and
+        `ds = rowsum(G W) + b sum(dz)`. So no activation is kept for `ds`.
+        """
+        total = self.totals.get(name)
+        if total is None:
+            return
+        scale = self.scaled[name]
+        value, factor = (self.weights[self.names.index(n)].to(total.dtype) for n in (name, scale))
+        if total.dim() == 1:
+            self.add(scale, total * value)
+        else:
+            self.add(scale, (total * value).sum(0 if self.spec.conv1d else 1))
+            factor = factor if self.spec.conv1d else factor.unsqueeze(1)
+        if name in self.wanted:
+            total.mul_(factor)
+        else:
+            del self.totals[name]
 
     def take(self) -> list[Tensor | None]:
         """The finished gradients in their parameters' dtypes, None where none was wanted."""
+        for name in self.scaled:
+            self._scale(name)
         taken: list[Tensor | None] = []
         for name, weight in zip(self.names, self.weights, strict=True):
             total = self.totals.pop(name, None)
@@ -329,9 +363,9 @@ class NormUse:
 
 
 class Branch:
-    """The end of a half: output projection, post-norm, dropout, residual.
+    """The end of a half: output projection, post-norm, dropout, layer scale, residual.
 
-        out = residual + m dropout(post_norm(x W^T + b))
+        out = residual + m dropout(post_norm(x W^T + b))    or m scale dropout(x W^T + b)
         out = post_norm(residual + m dropout(x W^T + b))    where the norm follows the residual
 
     Args:
@@ -358,6 +392,7 @@ class Branch:
         )
         self.after_residual = call.spec.norm_after_residual
         self.factor = call.spec.residual_multiplier
+        self.scale = weights.get(LAYER_SCALE[half])
         self.p = call.spec.residual_dropout if call.dropout else 0.0
         self.seed = seed
         self.site = SITES[half]
@@ -386,9 +421,11 @@ class Branch:
             rows: which rows these are.
             out: `[rows, h]`, written.
         """
-        if self.p:
-            projected = matmul_transposed(x, self.weight, self.bias)
-            torch.add(residual, self._drop(projected, rows), alpha=self.factor, out=out)
+        if self.p or self.scale is not None:
+            y = matmul_transposed(x, self.weight, self.bias)
+            y = self._drop(y, rows) if self.p else y
+            y = y if self.scale is None else y * self.scale
+            torch.add(residual, y, alpha=self.factor, out=out)
         else:
             linear_add(residual, x, self.weight, self.bias, out, self.factor)
 
@@ -426,7 +463,7 @@ class Branch:
         grads: WeightGrads,
         dsum: Tensor | None = None,
     ) -> Tensor | None:
-        """Back through dropout and post-norm, to the output of the projection.
+        """Back through dropout and post-norm, to the output of the projection, but for its scale.
 
         Args:
             dz: `[rows, h]`, the gradient of the half's output; only read.
@@ -459,10 +496,14 @@ class Branch:
         grads.rows(f"{self.name}.bias", dy)
         return dy
 
+    def scaled(self, dy: Tensor) -> Tensor:
+        """What `backward` gave, through the layer scale if there is one."""
+        return dy if self.scale is None else (dy * self.scale).to(dy.dtype)
+
     def backward_weight(self, dy: Tensor, x: Tensor, grads: WeightGrads) -> None:
         """Add to the projection's weight gradient; x is `[rows, in]`, the projection's input."""
         grads.outer(f"{self.name}.weight", dy, x)
 
     def backward_input(self, dy: Tensor, out: Tensor | None = None) -> Tensor:
         """`dy W`, `[rows, in]`, in `out` where that is given."""
-        return matmul_transposed(dy, self.weight.t(), out=out)
+        return matmul_transposed(self.scaled(dy), self.weight.t(), out=out)

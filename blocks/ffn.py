@@ -16,9 +16,10 @@ from collections.abc import Mapping, Set
 import torch
 from torch import Tensor
 
+from backfuse.kernels.reference.dropout import dropout_rows_
 from backfuse.kernels.reference.fp8 import DTYPE as FP8
 
-from .call import Branch, Call, Inputs, NormUse, Projections, WeightGrads, Weights
+from .call import SITES, Branch, Call, Inputs, NormUse, Projections, WeightGrads, Weights
 from .keep import Needs
 
 
@@ -46,6 +47,15 @@ class FFNHalf:
         self.activation = (spec.hidden_act, spec.gated)
         self.norm = NormUse(call, weights, "ffn_norm", kept) if spec.pre_norm else None
         self.branch = Branch(call, weights, "ffn", inputs.seed, kept)
+        self.p = spec.activation_dropout if call.dropout else 0.0
+        self.seed = inputs.seed
+
+    def _drop(self, x: Tensor, rows: slice) -> Tensor:
+        """Dropout of the hidden in place, or of what is linear in its gradient."""
+        if not self.p:
+            return x
+        assert self.seed is not None
+        return dropout_rows_(x, self.seed, self.p, rows.start, SITES["hidden"])
 
     def _normed(self, mid: Tensor, rows: slice) -> Tensor:
         """The normalised input of a chunk, in the compute dtype."""
@@ -101,6 +111,7 @@ class FFNHalf:
                     preact=out["preact"][rows] if "preact" in out else None,
                     scales=out["preact_scales"][rows] if "preact_scales" in out else None,
                 )
+            hidden = self._drop(hidden, rows)
             if self.branch.post is None:
                 self.branch.forward(beside, hidden, rows, z[rows])
                 continue
@@ -148,7 +159,7 @@ class FFNHalf:
                     projected = kept["ffn_branch"][rows]
                 else:
                     preact = dpreact
-                    hidden = call.ops.ffn_up(*self._up(normed), preact=preact)
+                    hidden = self._drop(call.ops.ffn_up(*self._up(normed), preact=preact), rows)
                     projected = self.branch.project(hidden, part, rows)
             residual, dsum = dz[rows], None
             if spec.norm_after_residual and needs.branch:
@@ -158,12 +169,13 @@ class FFNHalf:
                 continue
             if needs.inner:
                 hidden = self._backward_activation(
-                    dy, normed, preact, scales, dpreact, needs, grads
+                    self.branch.scaled(dy), normed, preact, scales, dpreact, rows, needs, grads
                 )
             elif hidden is None and preact is not None:
                 hidden = call.ops.activation_forward(preact, *self.activation, scales, dy.dtype)
+                hidden = self._drop(hidden, rows)
             elif hidden is None:
-                hidden = call.ops.ffn_up(*self._up(normed))
+                hidden = self._drop(call.ops.ffn_up(*self._up(normed)), rows)
             if hidden is not None:
                 self.branch.backward_weight(dy, hidden, grads)
             if needs.inner:
@@ -179,11 +191,13 @@ class FFNHalf:
         preact: Tensor | None,
         scales: Tensor | None,
         dpreact: Tensor,
+        rows: slice,
         needs: Needs,
         grads: WeightGrads,
     ) -> Tensor | None:
         """Down projection and activation: writes dpreact, gives the hidden."""
-        wanted = {"need_hidden": needs.out, "need_dbias": self.ups.want_biases(grads)}
+        want_biases = self.ups.want_biases(grads)
+        wanted = {"need_hidden": needs.out, "need_dbias": want_biases and not self.p}
         down = self.branch.weight
         if preact is None:
             hidden, dbias = self.call.ops.ffn_recompute_dact(
@@ -193,6 +207,12 @@ class FFNHalf:
             hidden, dbias = self.call.ops.ffn_dact(
                 dy, down, preact, *self.activation, dpreact, scales=scales, **wanted
             )
+        if self.p:  # dpreact is linear in the hidden's gradient: what drops out there is 0 here
+            for part in dpreact.chunk(2 if self.spec.gated else 1, -1):
+                self._drop(part, rows)
+            hidden = None if hidden is None else self._drop(hidden, rows)
+            if want_biases:
+                self.ups.backward_biases(dpreact, grads)
         if dbias is not None:
             self.ups.add_biases(dbias, grads)
         return hidden

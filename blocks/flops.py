@@ -147,8 +147,9 @@ def block_matmuls(
         found.append(Matmul("backward", "attn_out_input", flops, 2 * heads))
         if attn.input or attn.norm:
             found.append(gemm("backward", "qkv_input", h, spec.qkv_size))
+    outs = {"self_attn.o_proj.weight": attn.out, "mlp.down_proj.weight": ffn.out}
     for name, shape in spec.parameters().items():
-        if name in wanted and len(shape) == 2:
+        if len(shape) == 2 and outs.get(name, name in wanted):
             found.append(gemm("backward", name, *shape))
     return found
 

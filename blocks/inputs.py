@@ -338,7 +338,11 @@ def prepare(
         if attention_mask is not None:
             attention_mask = _check_mask(attention_mask, spec, x)
         cos, sin = _position_embeddings(position_embeddings, spec, x)
-    dropout = training and (spec.residual_dropout > 0 or (attention and spec.attention_dropout > 0))
+    dropout = training and (
+        spec.residual_dropout > 0
+        or spec.activation_dropout > 0
+        or (attention and spec.attention_dropout > 0)
+    )
     seed = None
     if dropout:
         # Drawn from PyTorch's generator: torch.manual_seed and an outer checkpoint's RNG state

@@ -30,7 +30,7 @@ from functools import cache
 from typing import NamedTuple
 
 from .policy import Policy
-from .spec import BlockSpec
+from .spec import LAYER_SCALE, BlockSpec
 
 #: The name under which the input of a block, or of a half, is listed among what needs a gradient.
 INPUT = "hidden_states"
@@ -46,8 +46,9 @@ class Needs:
         projections: gradients of the weights that read the normed input.
         inner: any gradient on the far side of the half's activation: of the input, the pre-norm,
             the first projections (weights or biases), qk-norm.
-        out: the gradient of the output projection's weight.
-        branch: `inner`, or anything of the output projection.
+        out: the gradient of the output projection's weight, or that of a layer scale, which is
+            computed from it.
+        branch: `inner`, or anything of the output projection or a layer scale.
         post: gradients of the post-norm's parameters.
     """
 
@@ -82,6 +83,7 @@ def half_needs(spec: BlockSpec, half: str, wanted: frozenset[str], need_input: b
     norm = any(name.startswith(f"{pre}.") for name in names)
     post_norm = any(name.startswith(f"{post}.") for name in names)
     out = {name for name in names if name.startswith(out_name)}
+    scale = LAYER_SCALE[half] in names
     first = {name for name in names if name.startswith(("self_attn.", "mlp."))} - out
     inner = need_input or norm or bool(first)
     return Needs(
@@ -89,8 +91,8 @@ def half_needs(spec: BlockSpec, half: str, wanted: frozenset[str], need_input: b
         norm=norm,
         projections=any(name.endswith("_proj.weight") for name in first),
         inner=inner,
-        out=f"{out_name}.weight" in out,
-        branch=inner or bool(out),
+        out=scale or f"{out_name}.weight" in out,
+        branch=scale or inner or bool(out),
         post=post_norm,
     )
 

@@ -48,11 +48,14 @@ HIDDEN_ACTS = {
 }
 
 
+#: Half -> the factors of a layer scale, by Hugging Face's names.
+LAYER_SCALE = {"attn": "layer_scale1.lambda1", "ffn": "layer_scale2.lambda1"}
+
 #: Fields that are either on or off.
 FLAGS = (
     "norm_bias", "norm_round_first", "gated", "qkv_bias", "o_bias", "up_bias", "down_bias",
     "causal", "attention_sinks", "stacked_qkv", "qkv_per_head", "stacked_gate_up",
-    "parallel_residual", "shared_norm", "conv1d",
+    "parallel_residual", "shared_norm", "conv1d", "layer_scale",
 )  # fmt: skip
 
 
@@ -108,10 +111,14 @@ class BlockSpec:
         attn_logit_softcapping: scores become `cap * tanh(score / cap)`; None: they stay.
         attention_scale: factor on the scores; None: `head_dim ** -0.5`.
         residual_multiplier: factor on what each half adds to the residual (Granite).
+        layer_scale: whether each half's output has a learnt factor a channel (DINOv2): the
+            parameters `layer_scale1.lambda1` and `layer_scale2.lambda1`.
         attention_sinks: whether each query head has a learnt logit that takes part in its softmax
             and in nothing else (GPT-OSS): the parameter `self_attn.sinks`.
         attention_dropout: probability of dropping a softmax weight, in training.
         residual_dropout: probability of dropping an element of a half's output, in training.
+        activation_dropout: probability of dropping an element of the FFN's activated hidden, in
+            training (`torch.nn.TransformerEncoderLayer`).
         stacked_qkv: one `self_attn.qkv_proj` instead of three projections: q, k, v.
         qkv_per_head: whether its rows go by key heads, each with its query heads, itself and its
             value head (GPT-NeoX), and not all q first.
@@ -153,8 +160,10 @@ class BlockSpec:
     attention_scale: float = _UNSET
     attention_sinks: bool = False
     residual_multiplier: float = 1.0
+    layer_scale: bool = False
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
+    activation_dropout: float = 0.0
     stacked_qkv: bool = False
     qkv_per_head: bool = False
     stacked_gate_up: bool = False
@@ -212,7 +221,7 @@ class BlockSpec:
                 continue
             if not _is_number(value) or not value > 0:
                 raise ValueError(f"{name} is {value!r}, expected a positive number")
-        for name in ("attention_dropout", "residual_dropout"):
+        for name in ("attention_dropout", "residual_dropout", "activation_dropout"):
             value = getattr(self, name)
             if not _is_number(value) or not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} is {value!r}, expected 0 <= p < 1")
@@ -232,6 +241,11 @@ class BlockSpec:
             raise ValueError("stacked_gate_up is True, expected False for an FFN without a gate")
         if self.qkv_per_head and not self.stacked_qkv:
             raise ValueError("qkv_per_head is True, expected False without stacked_qkv")
+        if self.layer_scale and self.post_norm:
+            raise ValueError(
+                f"layer_scale is True, expected False with norm_position {self.norm_position!r}: "
+                "a norm there has a factor a channel already"
+            )
         if self.qkv_per_head and self.conv1d:
             raise ValueError("conv1d is True, expected False with qkv_per_head: rows go by heads")
         if self.parallel_residual and self.norm_after_residual:
@@ -407,6 +421,8 @@ class BlockSpec:
             shapes["self_attn.k_norm.weight"] = (self.head_dim if self.qk_norm == "head" else kv,)
         if self.attention_sinks:
             shapes["self_attn.sinks"] = (self.num_attention_heads,)
+        if self.layer_scale:
+            shapes[LAYER_SCALE["attn"]] = (h,)
         return shapes
 
     def ffn_parameters(self) -> dict[str, tuple[int, ...]]:
@@ -428,6 +444,8 @@ class BlockSpec:
         shapes["mlp.down_proj.weight"] = self._projection(f, h)
         if self.down_bias:
             shapes["mlp.down_proj.bias"] = (h,)
+        if self.layer_scale:
+            shapes[LAYER_SCALE["ffn"]] = (h,)
         return shapes
 
     def parameters(self) -> dict[str, tuple[int, ...]]:

@@ -22,12 +22,14 @@ SIZES = {
     "max_position_embeddings": 128,
     "pad_token_id": 0,
 }
+TOKENS = {"vit": 37, "dinov2": 37, "deit": 38}  # 36 patches and one or two
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SPECIAL = {
     "bert": NO_DROPOUT,
     "roberta": NO_DROPOUT,
-    "vit": {"image_size": [24, 104], "patch_size": 8},  # 39 patches and a token
-    "deit": {"image_size": [16, 152], "patch_size": 8},  # 38 and two
+    "vit": {"image_size": 48, "patch_size": 8},
+    "dinov2": {"image_size": 48, "patch_size": 8, "mlp_ratio": 2},
+    "deit": {"image_size": 48, "patch_size": 8},
     "gpt_neox": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     },
@@ -59,8 +61,8 @@ SPECIAL = {
     "starcoder2": {"use_bias": True, "sliding_window": 12},
 }
 FAMILIES = [
-    "bert", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral",
-    "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2", "vit",
+    "bert", "dinov2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama",
+    "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2", "vit",
 ]  # fmt: skip
 BERT = {
     **{f"attention.self.{name}": f"self_attn.{name[0]}_proj" for name in ("query", "key", "value")},
@@ -74,7 +76,9 @@ VIT = {
     "layernorm_before": "input_layernorm", "layernorm_after": "post_attention_layernorm",
     "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj",
 }  # fmt: skip
+DINOV2 = {**VIT, "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 RENAMED = {
+    "dinov2": DINOV2,
     "bert": BERT, "roberta": BERT, "vit": VIT, "deit": VIT,
     "gpt_neox": {
         "attention.query_key_value": "self_attn.qkv_proj", "attention.dense": "self_attn.o_proj",
@@ -93,15 +97,22 @@ def make_model(family):
     """A random tiny model in fp32, attention as plain PyTorch operations."""
     torch.manual_seed(0)
     sizes = {} if family == "gpt2" else SIZES
+    if family == "dinov2":
+        sizes = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
     if family in RENAMED and family != "starcoder2":  # as many keys as queries
         sizes = {name: size for name, size in sizes.items() if name != "num_key_value_heads"}
     config = AutoConfig.for_model(family, **{**sizes, **SPECIAL.get(family, {})})
-    kind = AutoModel if RENAMED.get(family) in (BERT, VIT) else AutoModelForCausalLM
+    kind = AutoModel if RENAMED.get(family) in (BERT, VIT, DINOV2) else AutoModelForCausalLM
     model = kind.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
+
+
+def make_grad(family):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(2, TOKENS.get(family, 40), 48, generator=generator)
 
 
 def weights_of(family, layer):
@@ -121,7 +132,7 @@ def capture(model, index, dtype):
     torch.manual_seed(1)
     given = {"input_ids": torch.randint(0, 64, (2, 40)), "use_cache": False}
     if size := getattr(model.config, "image_size", None):
-        given = {"pixel_values": torch.randn(2, 3, *size, dtype=dtype)}
+        given = {"pixel_values": torch.randn(2, 3, size, size, dtype=dtype)}
 
     def before(module, args, kwargs):
         seen["args"], seen["kwargs"] = args[1:], kwargs
@@ -222,7 +233,7 @@ def assert_close_to(ours, plain, exact, dtype, slack):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("policy", ["keep", "full"])
 def test_layer(family, index, dtype, policy):
-    grad = torch.randn(2, 40, 48, generator=torch.Generator().manual_seed(3))
+    grad = make_grad(family)
     # the same input in both precisions: the low one's, exactly
     low, layer, plain = theirs(family, index, dtype, grad)
     spec = BlockSpec.from_config(make_model(family).config, index)
@@ -235,6 +246,11 @@ def test_layer(family, index, dtype, policy):
 @pytest.mark.parametrize("family", ["roberta", "deit"])
 def test_layers_that_are_built_as_those(family):
     test_layer(family, 0, torch.float32, "lean")
+
+
+def test_dinov2_with_a_gate(monkeypatch):
+    monkeypatch.setitem(SPECIAL, "dinov2", {**SPECIAL["dinov2"], "use_swiglu_ffn": True})
+    test_layer("dinov2", 0, torch.float32, "full")
 
 
 def test_gpt_neox_with_one_half_after_the_other():
@@ -309,7 +325,7 @@ def test_pytorchs_encoder_layer(policy, dtype):
 @pytest.mark.parametrize("policy", ["keep", "full"])
 def test_layer_under_autocast(family, index, autocast, policy):
     """Weights and x in fp32, GEMMs in a low precision; only the forward pass sees autocast."""
-    grad = torch.randn(2, 40, 48, generator=torch.Generator().manual_seed(3))
+    grad = make_grad(family)
     model = make_model(family)
     spec = BlockSpec.from_config(model.config, index)
     seen, layer = capture(model, index, torch.float32)

@@ -21,6 +21,7 @@ OLMO2 = {"norm_position": "post", "norm_round_first": False, "qk_norm": "full"}
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": BERT,
     "deit": VIT,
+    "dinov2": {**VIT, "layer_scale": True, "residual_dropout": 0.0},
     "gemma": GEMMA,
     "gemma2": {**GEMMA, "norm_position": "both"},
     "gemma3_text": {**GEMMA, "norm_position": "both", "qk_norm": "head"},
@@ -70,6 +71,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "scale_attn_weights": (None, True),
     "use_bidirectional_attention": (None, False),
     "position_embedding_type": (None, "rope", "absolute"),
+    "drop_path_rate": (None, 0.0),
 }
 
 
@@ -127,7 +129,8 @@ def spec_fields(config: Any, layer_idx: int) -> dict[str, Any]:
         value = next((value for value in values if value is not None), None)
         if value is not None:
             fields[field] = value
-    fields.setdefault("intermediate_size", 4 * fields["hidden_size"])  # GPT-2's default
+    ratio = getattr(config, "mlp_ratio", 4)  # 4 where GPT-2 says nothing
+    fields.setdefault("intermediate_size", int(fields["hidden_size"] * ratio))
     head_dim = fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
     bias = bool(getattr(config, "attention_bias", False) or getattr(config, "use_bias", False))
     mlp_bias = bool(getattr(config, "mlp_bias", False) or getattr(config, "use_bias", False))
@@ -143,6 +146,9 @@ def spec_fields(config: Any, layer_idx: int) -> dict[str, Any]:
     if FAMILIES[family].get("rope", "half"):
         fields.update(_rope_fields(config, layer_idx, head_dim))
     fields.update(FAMILIES[family])
+    if getattr(config, "use_swiglu_ffn", False):  # DINOv2's: as many weights, in multiples of 8
+        width = int(2 * fields["intermediate_size"] / 3)
+        fields.update(gated=True, hidden_act="silu", intermediate_size=(width + 7) // 8 * 8)
     if getattr(config, "is_decoder", False):  # of an encoder's family
         fields["causal"] = True
     return fields
