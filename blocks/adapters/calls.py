@@ -139,7 +139,7 @@ def weights_of(layer: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
             raise OwnForward(f"{path} has a hook, which would not be called")
         if module.training != layer.training:
             spec = recipe.spec
-            if spec.attention_dropout or spec.residual_dropout:
+            if spec.attention_dropout or spec.residual_dropout or spec.activation_dropout:
                 raise OwnForward(f"{path} is in another mode than its layer, which drops out")
     weights = {}
     for name, path in recipe.names.items():
