@@ -108,7 +108,8 @@ def _says_the_spec(mask: Tensor, spec: BlockSpec) -> bool:
     Eager attention and sliding windows always come with one. All layers are given the same tensor:
     the answer is left on it. On a GPU finding it makes the host wait, once a step.
     """
-    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+    capturing = mask.is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing or torch.compiler.is_compiling():
         return False
     known: dict[object, bool] = vars(mask).setdefault("_backfuse_says", {})
     key = mask._version, spec.causal, spec.sliding_window
