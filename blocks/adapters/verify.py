@@ -193,7 +193,8 @@ def _check_own_reach(layer: nn.Module) -> None:
             raise NotUnderstood(f"it holds {name} {list(buffer.shape)}, a mask of its own perhaps")
     for path, module in layer.named_modules():
         for name, value in vars(module).items():
-            if "window" in name and name != "sliding_window" and isinstance(value, int) and value:
+            known = name == "sliding_window" or "pattern" in name
+            if "window" in name and not known and isinstance(value, int) and value:
                 raise NotUnderstood(f"it has {path}.{name} = {value}, a window of its own perhaps")
 
 
