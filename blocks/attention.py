@@ -24,6 +24,7 @@ from backfuse.kernels.reference.rope import rope_cos_sin
 
 from .call import Branch, Call, Inputs, NormUse, Projections, WeightGrads, Weights
 from .keep import Needs
+from .lora import Adapters
 
 Heads = tuple[Tensor, Tensor, Tensor]
 
@@ -38,6 +39,7 @@ class AttentionHalf:
         x: `[tokens, h]`, the half's input; None where nothing reads it again.
         kept: what an earlier pass kept, by name (see `keep.py`); only read.
         keep: names that this pass is to leave in `values`.
+        adapters: the block's.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class AttentionHalf:
         x: Tensor | None,
         kept: Mapping[str, Tensor],
         keep: Set[str] = frozenset(),
+        adapters: Adapters = (),
     ) -> None:
         self.call = call
         self.spec = spec = call.spec
@@ -58,9 +61,10 @@ class AttentionHalf:
             self.values["x"] = x
         self.keep = keep
         names = ["qkv"] if spec.stacked_qkv else ["q", "k", "v"]
-        self.qkv = Projections([f"self_attn.{name}_proj" for name in names], weights)
+        names = [f"self_attn.{name}_proj" for name in names]
+        self.qkv = Projections(call, names, weights, adapters, inputs.seed)
         self.norm = NormUse(call, weights, "attn_norm", kept) if spec.pre_norm else None
-        self.branch = Branch(call, weights, "attn", inputs.seed, kept)
+        self.branch = Branch(call, weights, "attn", adapters, inputs.seed, kept)
         self.rotates = spec.rope is not None or spec.qk_norm is not None
         self.qk_norms = [weights.get(f"self_attn.{name}_norm.weight") for name in "qk"]
         self.sinks = weights.get("self_attn.sinks")
@@ -109,7 +113,7 @@ class AttentionHalf:
         names = ("attn_out", "dout", "delta")
         for rows in call.chunks():
             if project:
-                self.qkv.forward(self._normed(rows), qkv[rows])
+                self.qkv.forward(self._normed(rows), rows, qkv[rows])
             if self.rotates:
                 parts = {n: t[rows] for n, t in zip(names, delta or (), strict=False)}
                 ops.qk_rope_forward(
@@ -235,10 +239,11 @@ class AttentionHalf:
             place = None if after is None else after[rows]
             dy = self.branch.backward(dmid[rows], projected, rows, needs, grads, place)
             if dy is not None and attn_out is not None:
+                u = self.branch.narrow(dy, needs.inner, grads)
                 if needs.out:
-                    self.branch.backward_weight(dy, attn_out[rows], grads)
+                    self.branch.backward_weight(dy, u, attn_out[rows], rows, grads)
                 if needs.inner:
-                    self.branch.backward_input(dy, dout[rows])
+                    self.branch.backward_input(dy, u, rows, dout[rows])
         if not needs.inner:
             return None
         assert attn_out is not None
@@ -319,8 +324,9 @@ class AttentionHalf:
                     grads.add(name, dweight)
             self.qkv.backward_biases(dqkv, grads)
             normed = None
+            u = self.qkv.narrow(dqkv, needs.input or needs.norm, grads)
             if needs.input or needs.norm:
-                dnormed = self.qkv.backward_input(dqkv)
+                dnormed = self.qkv.backward_input(dqkv, u, rows)
                 dpart = None if dx is None else dx[rows]
                 if self.norm is not None:
                     x = self.values["x"][rows]
@@ -331,7 +337,6 @@ class AttentionHalf:
                 elif dpart is not None:
                     torch.add(residual[rows], dnormed, out=dpart)
             if needs.projections:
-                self.qkv.backward_weights(
-                    dqkv, self._normed(rows) if normed is None else normed, grads
-                )
+                normed = self._normed(rows) if normed is None else normed
+                self.qkv.backward_weights(dqkv, u, normed, rows, grads)
         return dx

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters.peft import Live, unwrap
 from .function import block
 from .inputs import check_chunk_size, check_impl, check_offload_dir
+from .lora import Adapters, LoRA
 from .policy import Policy, PolicyLike
 from .spec import LAYER_SCALE, BlockSpec, check_spec
 
@@ -179,27 +181,48 @@ class TransformerBlock(nn.Module):
         if self.spec.attention_sinks:
             nn.init.normal_(self.get_parameter(SINKS), std=0.02)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The parameters by name, in the spec's order.
+    def weights(self) -> tuple[dict[str, Tensor], Adapters]:
+        """The parameters by name, in the spec's order, and the active adapters with theirs.
 
         Raises:
-            TypeError: if something else stands in a projection's place (an adapter, a
-                parametrisation, a quantised layer): the block reads weights, and would silently
-                drop whatever else that module does.
+            TypeError: if something else stands in a projection's place (a quantised layer, a
+                parametrisation, an adapter that is not LoRA): the block reads weights, and would
+                silently drop whatever else that module does.
         """
-        weights = {}
+        weights: dict[str, Tensor] = {}
+        adapters: dict[str, tuple[LoRA, ...]] = {}
         for name, (*path, kind) in self._places:
             module: Any = self
             for step in path:
                 module = None if module is None else module._modules.get(step)
             if type(module) not in (nn.Linear, Norm, Conv1D, LayerScale) and name != SINKS:
-                raise TypeError(
-                    f"{'.'.join(path)} is a {type(module).__name__}, expected a plain "
-                    "torch.nn.Linear or the block's own norm: a block reads its weight and would "
-                    "drop what else it does"
-                )
+                module = self._unwrap(".".join(path), module, kind, weights, adapters)
             weights[name] = getattr(module, kind)
-        return weights
+        return weights, tuple(adapters.items())
+
+    @staticmethod
+    def _unwrap(
+        path: str,
+        module: Any,
+        kind: str,
+        weights: dict[str, Tensor],
+        adapters: dict[str, tuple[LoRA, ...]],
+    ) -> nn.Module:
+        """What stands below PEFT's module; notes its adapters."""
+        reason = "a block reads its weight and would drop what else it does"
+        try:
+            live = unwrap(module)
+        except TypeError as error:
+            reason, live = str(error), Live(module)
+        if type(live.module) not in (nn.Linear, Norm, Conv1D, LayerScale):
+            raise TypeError(
+                f"{path} is a {type(live.module).__name__}, expected a plain torch.nn.Linear "
+                f"(LoRA beside it or not) or the block's own norm: {reason}"
+            )
+        if live.adapters and kind == "weight":
+            weights |= live.weights(path)
+            adapters[path] = live.adapters
+        return live.module
 
     def forward(
         self,
@@ -230,11 +253,13 @@ class TransformerBlock(nn.Module):
             TypeError: for a wrong dtype or kind.
             ValueError: for a wrong shape, value or device.
         """
+        weights, adapters = self.weights()
         return block(
             hidden_states,
-            self.weights(),
+            weights,
             self.spec,
             self.policy,
+            adapters=adapters,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             cu_seqlens=cu_seqlens,

@@ -30,6 +30,8 @@ from backfuse.kernels.reference.norm import accumulate_dtype
 
 from .keep import Needs
 from .layouts import as_parameter, in_order
+from .lora import Adapters, projections
+from .low_rank import NO_ADAPTERS, LowRank, add_product, row_sum, with_adapters_bias
 from .spec import LAYER_SCALE, BlockSpec
 
 #: Tokens a chunk, by device type. A CPU wants the chunk's scratch in its caches; a GPU wants
@@ -163,18 +165,23 @@ class WeightGrads:
         self.totals: dict[str, Tensor] = {}
         # what a layer scale's gradient is computed from
         self.scaled = {
-            f"{OUT_PROJECTION[half]}.{kind}": scale
+            name: scale
             for half, scale in LAYER_SCALE.items()
-            for kind in ("weight", "bias")
             if scale in names
+            for name in names
+            if name.startswith(f"{OUT_PROJECTION[half]}.") and ".lora_A." not in name
         }
         # with one chunk there is nothing to sum: a share is the gradient, rounded as it is written
         self.alone = call.batch_size * call.seq_len <= call.chunk_size
 
+    def wants(self, name: str) -> bool:
+        """Whether a gradient is wanted, or read by a layer scale's."""
+        return name in self.wanted or self.scaled.get(name) in self.wanted
+
     def outer(self, name: str, dy: Tensor, x: Tensor) -> None:
         """Add `dy^T x`: a projection's weight."""
-        if name in self.wanted or self.scaled.get(name) in self.wanted:
-            if self.spec.conv1d:  # the parameter is [in, out]
+        if self.wants(name):
+            if self.spec.conv1d and ".lora_" not in name:  # the parameter is [in, out]
                 dy, x = x, dy
             exact = not self.alone or name in self.scaled
             dtype = None if exact else self.weights[self.names.index(name)].dtype
@@ -182,12 +189,12 @@ class WeightGrads:
 
     def rows(self, name: str, dy: Tensor) -> None:
         """Add the sum over rows: a bias."""
-        if name in self.wanted or self.scaled.get(name) in self.wanted:
-            self._add(name, dy.sum(0, dtype=accumulate_dtype(dy.dtype)))
+        if self.wants(name):
+            self._add(name, row_sum(dy))
 
     def add(self, name: str, share: Tensor | None) -> None:
         """Add what a chunk gives."""
-        if share is not None and name in self.wanted:
+        if share is not None and self.wants(name):
             self._add(name, share)
 
     def _add(self, name: str, share: Tensor) -> None:
@@ -198,7 +205,8 @@ class WeightGrads:
         """From the gradient of a scaled projection's weight or bias: that of it, and the scale's.
 
         With `z = s (x W^T + b)` and `G = dz^T x`: `dW = s G`, `db = s sum(dz)`, and
-        `ds = rowsum(G W) + b sum(dz)`. So no activation is kept for `ds`.
+        `ds = rowsum(G W) + b sum(dz)`. So no activation is kept for `ds`. An adapter's B is as W
+        here, with t for x.
         """
         total = self.totals.get(name)
         if total is None:
@@ -208,8 +216,9 @@ class WeightGrads:
         if total.dim() == 1:
             self.add(scale, total * value)
         else:
-            self.add(scale, (total * value).sum(0 if self.spec.conv1d else 1))
-            factor = factor if self.spec.conv1d else factor.unsqueeze(1)
+            across = self.spec.conv1d and ".lora_" not in name
+            self.add(scale, (total * value).sum(0 if across else 1))
+            factor = factor if across else factor.unsqueeze(1)
         if name in self.wanted:
             total.mul_(factor)
         else:
@@ -232,46 +241,91 @@ class Projections:
     """Weights side by side that read the same input: q, k and v, or gate and up.
 
     Args:
+        call: the call.
         names: their parameter names without `.weight`.
         weights: the block's weights.
+        adapters: the block's.
+        seed: for dropout, or None.
     """
 
-    def __init__(self, names: list[str], weights: Weights) -> None:
+    def __init__(
+        self,
+        call: Call,
+        names: list[str],
+        weights: Weights,
+        adapters: Adapters,
+        seed: Tensor | None,
+    ) -> None:
         self.names = names
         self.weights = [weights[f"{name}.weight"] for name in names]
         self.biases = [weights.get(f"{name}.bias") for name in names]
+        self.low_rank = _low_rank(call, names, weights, adapters, seed)
+        if self.low_rank.parts:
+            own = dict(adapters)
+            self.biases = [with_adapters_bias(n, own.get(n, ()), weights) for n in names]
+            if any(bias is not None for bias in self.biases):  # one for each weight, or none
+                self.biases = [
+                    weight.new_zeros(len(weight)) if bias is None else bias
+                    for weight, bias in zip(self.weights, self.biases, strict=True)
+                ]
 
-    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: slice, out: Tensor) -> Tensor:
         """Write all outputs into `out`, `[rows, their widths together]`."""
-        return linear(x, self.weights, self.biases, out)
+        linear(x, self.weights, self.biases, out)
+        for part, pair in zip(self._parts(out), self.low_rank.forward(x, rows), strict=False):
+            add_product(part, pair)
+        return out
 
-    def backward_input(self, dy: Tensor) -> Tensor:
-        """The gradient of the input."""
-        return linear_backward_input(dy, self.weights)
+    def narrow(self, dy: Tensor, wanted: bool, grads: WeightGrads) -> Tensor | None:
+        """u of the adapters, from the gradient of all outputs (see `LowRank.narrow`)."""
+        return self.low_rank.narrow(self._parts(dy), wanted, grads)
 
-    def _split(self, dy: Tensor) -> list[tuple[str, Tensor]]:
-        """What belongs to each of the weights, with their names."""
-        widths = [weight.shape[0] for weight in self.weights]
-        return list(zip(self.names, dy.split(widths, -1), strict=True))
+    def backward_input(self, dy: Tensor, u: Tensor | None, rows: slice) -> Tensor:
+        """The gradient of the input; u as `narrow` gives it."""
+        return self.low_rank.add_input_gradient(u, rows, linear_backward_input(dy, self.weights))
 
-    def backward_weights(self, dy: Tensor, x: Tensor, grads: WeightGrads) -> None:
-        """Add to the gradients of the weights."""
-        for name, part in self._split(dy):
+    def _parts(self, dy: Tensor) -> tuple[Tensor, ...]:
+        """What belongs to each of the weights."""
+        return dy.split([weight.shape[0] for weight in self.weights], -1)
+
+    def backward_weights(
+        self, dy: Tensor, u: Tensor | None, x: Tensor, rows: slice, grads: WeightGrads
+    ) -> None:
+        """Add to the gradients of the weights and of the adapters; u as `narrow` gives it."""
+        parts = self._parts(dy)
+        for name, part in zip(self.names, parts, strict=True):
             grads.outer(f"{name}.weight", part, x)
+        self.low_rank.backward_weights(parts, u, x, rows, grads)
 
     def backward_biases(self, dy: Tensor, grads: WeightGrads) -> None:
         """Add to the gradients of the biases."""
-        for name, part in self._split(dy):
-            grads.rows(f"{name}.bias", part)
+        if self.want_biases(grads):
+            self.add_biases(row_sum(dy), grads)
 
     def add_biases(self, dbias: Tensor, grads: WeightGrads) -> None:
         """Add to the gradients of the biases what a kernel has summed already."""
-        for name, part in self._split(dbias):
+        parts = self._parts(dbias)
+        self.low_rank.add_biases(parts, grads)
+        for name, part in zip(self.names, parts, strict=True):
             grads.add(f"{name}.bias", part)
 
     def want_biases(self, grads: WeightGrads) -> bool:
         """Whether a bias wants a gradient."""
-        return any(f"{name}.bias" in grads.wanted for name in self.names)
+        own = any(f"{name}.bias" in grads.wanted for name in self.names)
+        return own or self.low_rank.want(grads, 2)
+
+
+def _low_rank(
+    call: Call, names: list[str], weights: Weights, adapters: Adapters, seed: Tensor | None
+) -> LowRank:
+    """The adapters of projections side by side."""
+    own = dict(adapters)
+    if own.keys().isdisjoint(names):
+        return NO_ADAPTERS
+    numbers = projections(call.spec)
+    return LowRank(
+        names, [own.get(name, ()) for name in names], weights, [numbers[n] for n in names], seed
+    )
 
 
 class NormUse:
@@ -372,6 +426,7 @@ class Branch:
         call: the call.
         weights: the block's weights, cast.
         half: `"attn"` or `"ffn"`.
+        adapters: the block's.
         seed: for dropout, or None.
         kept: what an earlier pass kept.
     """
@@ -381,12 +436,15 @@ class Branch:
         call: Call,
         weights: Weights,
         half: str,
+        adapters: Adapters,
         seed: Tensor | None,
         kept: Mapping[str, Tensor],
     ) -> None:
         self.name = OUT_PROJECTION[half]
         self.weight = weights[f"{self.name}.weight"]
-        self.bias = weights.get(f"{self.name}.bias")
+        self.low_rank = _low_rank(call, [self.name], weights, adapters, seed)
+        own = dict(adapters).get(self.name, ())
+        self.bias = with_adapters_bias(self.name, own, weights)
         self.post = (
             NormUse(call, weights, f"{half}_post_norm", kept) if call.spec.post_norm else None
         )
@@ -397,6 +455,16 @@ class Branch:
         self.seed = seed
         self.site = SITES[half]
 
+    def _add_adapters(self, y: Tensor, x: Tensor, rows: slice, factor: float = 1.0) -> Tensor:
+        """Add to y what the adapters give for x, times a factor."""
+        for pair in self.low_rank.forward(x, rows):
+            add_product(y, pair, factor)
+        return y
+
+    def _linear(self, x: Tensor, rows: slice) -> Tensor:
+        """`x W^T + b` with the adapters, `[rows, h]`."""
+        return self._add_adapters(matmul_transposed(x, self.weight, self.bias), x, rows)
+
     def project(self, x: Tensor, residual: Tensor | None, rows: slice) -> Tensor:
         """What the post-norm reads, `[rows, h]`.
 
@@ -406,7 +474,7 @@ class Branch:
             rows: which rows these are.
         """
         if not self.after_residual:
-            return matmul_transposed(x, self.weight, self.bias)
+            return self._linear(x, rows)
         assert residual is not None
         total = torch.empty_like(residual)
         self.forward(residual, x, rows, total)
@@ -422,12 +490,13 @@ class Branch:
             out: `[rows, h]`, written.
         """
         if self.p or self.scale is not None:
-            y = matmul_transposed(x, self.weight, self.bias)
+            y = self._linear(x, rows)
             y = self._drop(y, rows) if self.p else y
             y = y if self.scale is None else y * self.scale
             torch.add(residual, y, alpha=self.factor, out=out)
         else:
             linear_add(residual, x, self.weight, self.bias, out, self.factor)
+            self._add_adapters(out, x, rows, self.factor)
 
     def finish(self, projected: Tensor, residual: Tensor | None, rows: slice, out: Tensor) -> None:
         """Write the half's output from what the post-norm reads, which stays as it is.
@@ -493,17 +562,36 @@ class Branch:
             dy = dy if dprojected is None else dprojected
         if not needs.branch:
             return None
-        grads.rows(f"{self.name}.bias", dy)
+        if grads.wants(f"{self.name}.bias") or self.low_rank.want(grads, 2):
+            dbias = row_sum(dy)
+            self.low_rank.add_biases([dbias], grads)
+            grads.add(f"{self.name}.bias", dbias)
         return dy
 
     def scaled(self, dy: Tensor) -> Tensor:
         """What `backward` gave, through the layer scale if there is one."""
         return dy if self.scale is None else (dy * self.scale).to(dy.dtype)
 
-    def backward_weight(self, dy: Tensor, x: Tensor, grads: WeightGrads) -> None:
-        """Add to the projection's weight gradient; x is `[rows, in]`, the projection's input."""
-        grads.outer(f"{self.name}.weight", dy, x)
+    def narrow(self, dy: Tensor, wanted: bool, grads: WeightGrads) -> Tensor | None:
+        """u of the adapters, from what `backward` gave (see `LowRank.narrow`)."""
+        return self.low_rank.narrow([self.scaled(dy)], wanted, grads)
 
-    def backward_input(self, dy: Tensor, out: Tensor | None = None) -> Tensor:
-        """`dy W`, `[rows, in]`, in `out` where that is given."""
-        return matmul_transposed(self.scaled(dy), self.weight.t(), out=out)
+    def backward_weight(
+        self, dy: Tensor, u: Tensor | None, x: Tensor, rows: slice, grads: WeightGrads
+    ) -> None:
+        """Add to the gradients of the projection's weight and of its adapters.
+
+        Args:
+            dy: `[rows, h]`, the gradient of the projection's output.
+            u: as `narrow` gives it.
+            x: `[rows, in]`, the projection's input.
+            rows: which rows these are.
+            grads: where the gradients go.
+        """
+        grads.outer(f"{self.name}.weight", dy, x)
+        self.low_rank.backward_weights([dy], u, x, rows, grads)
+
+    def backward_input(self, dy: Tensor, u: Tensor | None, rows: slice, out: Tensor) -> Tensor:
+        """Write `dy W` into `out`, `[rows, in]`, and add what the adapters give."""
+        matmul_transposed(self.scaled(dy), self.weight.t(), out=out)
+        return self.low_rank.add_input_gradient(u, rows, out)

@@ -12,6 +12,7 @@ O(tokens * f). A kept preact is only read: the gradient of the pre-activation go
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from backfuse.kernels.reference.fp8 import DTYPE as FP8
 
 from .call import SITES, Branch, Call, Inputs, NormUse, Projections, WeightGrads, Weights
 from .keep import Needs
+from .lora import Adapters
 
 
 class FFNHalf:
@@ -31,10 +33,16 @@ class FFNHalf:
         weights: the half's weights, projections in the compute dtype.
         inputs: the call's side inputs.
         kept: what an earlier pass kept, by name (see `keep.py`); only read.
+        adapters: the block's.
     """
 
     def __init__(
-        self, call: Call, weights: Weights, inputs: Inputs, kept: Mapping[str, Tensor]
+        self,
+        call: Call,
+        weights: Weights,
+        inputs: Inputs,
+        kept: Mapping[str, Tensor],
+        adapters: Adapters = (),
     ) -> None:
         self.call = call
         self.spec = spec = call.spec
@@ -43,10 +51,11 @@ class FFNHalf:
             names = ["gate_up"]
         else:
             names = ["gate", "up"] if spec.gated else ["up"]
-        self.ups = Projections([f"mlp.{name}_proj" for name in names], weights)
+        names = [f"mlp.{name}_proj" for name in names]
+        self.ups = Projections(call, names, weights, adapters, inputs.seed)
         self.activation = (spec.hidden_act, spec.gated)
         self.norm = NormUse(call, weights, "ffn_norm", kept) if spec.pre_norm else None
-        self.branch = Branch(call, weights, "ffn", inputs.seed, kept)
+        self.branch = Branch(call, weights, "ffn", adapters, inputs.seed, kept)
         self.p = spec.activation_dropout if call.dropout else 0.0
         self.seed = inputs.seed
 
@@ -62,6 +71,12 @@ class FFNHalf:
         if self.norm is None:
             return mid.to(self.call.compute_dtype)
         return self.norm.apply(mid, rows)
+
+    def _activate(self, normed: Tensor | None, rows: slice, **written: Tensor | None) -> Tensor:
+        """The hidden, from the normed input of a chunk; `written` as `ffn_up` takes it."""
+        assert normed is not None
+        products = self.ups.low_rank.forward(normed, rows)
+        return self.call.ops.ffn_up(*self._up(normed), products=products, **written)
 
     def _up(
         self, normed: Tensor | None
@@ -106,8 +121,9 @@ class FFNHalf:
             if "preact" in kept and "preact_scales" not in kept:
                 hidden = ops.activation_forward(kept["preact"][rows], *self.activation)
             else:
-                hidden = ops.ffn_up(
-                    *self._up(self._normed(mid[rows], rows)),
+                hidden = self._activate(
+                    self._normed(mid[rows], rows),
+                    rows,
                     preact=out["preact"][rows] if "preact" in out else None,
                     scales=out["preact_scales"][rows] if "preact_scales" in out else None,
                 )
@@ -159,7 +175,7 @@ class FFNHalf:
                     projected = kept["ffn_branch"][rows]
                 else:
                     preact = dpreact
-                    hidden = self._drop(call.ops.ffn_up(*self._up(normed), preact=preact), rows)
+                    hidden = self._drop(self._activate(normed, rows, preact=preact), rows)
                     projected = self.branch.project(hidden, part, rows)
             residual, dsum = dz[rows], None
             if spec.norm_after_residual and needs.branch:
@@ -167,17 +183,18 @@ class FFNHalf:
             dy = self.branch.backward(dz[rows], projected, rows, needs, grads, dsum)
             if dy is None or not (needs.inner or needs.out):
                 continue
+            u = self.branch.narrow(dy, needs.inner, grads)
             if needs.inner:
                 hidden = self._backward_activation(
-                    self.branch.scaled(dy), normed, preact, scales, dpreact, rows, needs, grads
+                    self.branch.scaled(dy), u, normed, preact, scales, dpreact, rows, needs, grads
                 )
             elif hidden is None and preact is not None:
                 hidden = call.ops.activation_forward(preact, *self.activation, scales, dy.dtype)
                 hidden = self._drop(hidden, rows)
             elif hidden is None:
-                hidden = self._drop(call.ops.ffn_up(*self._up(normed)), rows)
+                hidden = self._drop(self._activate(normed, rows), rows)
             if hidden is not None:
-                self.branch.backward_weight(dy, hidden, grads)
+                self.branch.backward_weight(dy, u, hidden, rows, grads)
             if needs.inner:
                 hidden = None
                 dpart = None if dmid is None else dmid[rows]
@@ -187,6 +204,7 @@ class FFNHalf:
     def _backward_activation(
         self,
         dy: Tensor,
+        u: Tensor | None,
         normed: Tensor | None,
         preact: Tensor | None,
         scales: Tensor | None,
@@ -197,9 +215,14 @@ class FFNHalf:
     ) -> Tensor | None:
         """Down projection and activation: writes dpreact, gives the hidden."""
         want_biases = self.ups.want_biases(grads)
-        wanted = {"need_hidden": needs.out, "need_dbias": want_biases and not self.p}
+        wanted: dict[str, Any] = {
+            "need_hidden": needs.out, "need_dbias": want_biases and not self.p,
+            **self.branch.low_rank.input_terms(u, rows),
+        }  # fmt: skip
         down = self.branch.weight
         if preact is None:
+            assert normed is not None
+            wanted["products"] = self.ups.low_rank.forward(normed, rows)
             hidden, dbias = self.call.ops.ffn_recompute_dact(
                 *self._up(normed), dy, down, dpreact, strategy=self.call.ffn_strategy, **wanted
             )
@@ -229,8 +252,9 @@ class FFNHalf:
         grads: WeightGrads,
     ) -> None:
         """First projections and norm: writes dmid, adds to the weights' gradients."""
+        u = self.ups.narrow(dpreact, needs.input or needs.norm, grads)
         if needs.input or needs.norm:
-            dnormed = self.ups.backward_input(dpreact)
+            dnormed = self.ups.backward_input(dpreact, u, rows)
             if self.norm is not None:
                 assert mid is not None
                 again = None
@@ -245,4 +269,4 @@ class FFNHalf:
             if normed is None:
                 assert mid is not None
                 normed = self._normed(mid, rows)
-            self.ups.backward_weights(dpreact, normed, grads)
+            self.ups.backward_weights(dpreact, u, normed, rows, grads)

@@ -28,6 +28,14 @@ from .call import Call, Inputs, WeightGrads, cast_weights
 from .ffn import FFNHalf
 from .inputs import check_weights, prepare
 from .keep import INPUT, Needs, attention_reads, ffn_reads, half_needs, offloaded
+from .lora import (
+    Adapters,
+    AdaptersLike,
+    adapter_parameters,
+    all_parameters,
+    parse_adapters,
+    without_dropout,
+)
 from .offload import line
 from .policy import KEEP, Policy, PolicyLike
 from .replay import effective_policies
@@ -137,6 +145,7 @@ def block(
     spec: BlockSpec,
     policy: Policy,
     *,
+    adapters: Adapters = (),
     offload_dir: Path | None = None,
     **options: Any,
 ) -> Tensor:
@@ -144,9 +153,10 @@ def block(
 
     Args:
         hidden_states: `[batch, seq_len, hidden_size]`.
-        weights: the tensors `spec.parameters()` names, by those names.
+        weights: the tensors `spec.parameters()` and `adapter_parameters` name, by those names.
         spec: the block.
         policy: what it keeps; it has to keep `x`.
+        adapters: of its projections, with the dropout that is active.
         offload_dir: folder of the files that offloaded tensors go to; None: host memory.
         options: see `TransformerBlock` and its `forward`; `training`: whether dropout is active.
 
@@ -158,11 +168,12 @@ def block(
         ValueError: for a wrong shape, value or device.
     """
     call, inputs = prepare(
-        spec, hidden_states, lossy=policy.lossy, offload_dir=offload_dir, **options
-    )
-    weights = check_weights(weights, spec.parameters(), hidden_states, call)
+        spec, hidden_states, lossy=policy.lossy, offload_dir=offload_dir, adapters=[adapters],
+        **options,
+    )  # fmt: skip
+    weights = check_weights(weights, all_parameters(spec, adapters), hidden_states, call)
     [policy] = effective_policies([policy]) or [KEEP]
-    layer = Layer(policy, tuple(weights), wanted_names(hidden_states, weights))
+    layer = Layer(policy, tuple(weights), wanted_names(hidden_states, weights), adapters)
     return run_job(RunJob(call, (layer,), 0), inputs, hidden_states, list(weights.values()))
 
 
@@ -178,6 +189,7 @@ class HalfJob:
         needs: what the backward pass has to give.
         keep: names of what the forward pass keeps.
         policy: what it keeps, and where.
+        adapters: of the half's projections.
     """
 
     call: Call
@@ -187,6 +199,7 @@ class HalfJob:
     needs: Needs
     keep: frozenset[str]
     policy: Policy
+    adapters: Adapters = ()
 
     @property
     def label(self) -> str:
@@ -204,11 +217,11 @@ class HalfJob:
     def forward(self, x: Tensor, weights: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, Kept]:
         named, keep = self._cast(weights), self.keep
         if self.half == "ffn":
-            z, kept = FFNHalf(self.call, named, inputs, {}).forward(x, x, keep)
+            z, kept = FFNHalf(self.call, named, inputs, {}, self.adapters).forward(x, x, keep)
             if "mid" in keep:
                 kept["mid"] = x
             return z, kept
-        attn = AttentionHalf(self.call, named, inputs, x, {}, keep)
+        attn = AttentionHalf(self.call, named, inputs, x, {}, keep, self.adapters)
         mid = attn.mid()
         return mid, {name: attn.values[name] for name in sorted(keep)}
 
@@ -218,15 +231,22 @@ class HalfJob:
         call, named, needs = self.call, self._cast(weights), self.needs
         grads = WeightGrads(call, self.names, weights, self.wanted)
         if self.half == "ffn":
-            dx = FFNHalf(call, named, inputs, kept).backward(kept.get("mid"), dz, needs, grads)
+            ffn = FFNHalf(call, named, inputs, kept, self.adapters)
+            dx = ffn.backward(kept.get("mid"), dz, needs, grads)
         else:
-            dx = AttentionHalf(call, named, inputs, kept.get("x"), kept).backward(dz, needs, grads)
+            attn = AttentionHalf(call, named, inputs, kept.get("x"), kept, adapters=self.adapters)
+            dx = attn.backward(dz, needs, grads)
         return dx, grads.take()
 
 
 @lru_cache(maxsize=4096)
 def _half_job(
-    call: Call, half: str, names: tuple[str, ...], wanted: frozenset[str], policy: Policy
+    call: Call,
+    half: str,
+    names: tuple[str, ...],
+    wanted: frozenset[str],
+    policy: Policy,
+    adapters: Adapters,
 ) -> HalfJob:
     """The job, the same one for the same question."""
     needs = half_needs(call.spec, half, wanted, INPUT in wanted)
@@ -234,7 +254,7 @@ def _half_job(
         reads = ffn_reads(call.spec, policy, needs)
     else:
         reads = attention_reads(call.spec, policy, needs, read_mid=False)
-    return HalfJob(call, half, names, wanted, needs, reads.kept, policy)
+    return HalfJob(call, half, names, wanted, needs, reads.kept, policy, adapters)
 
 
 def _half(
@@ -244,17 +264,25 @@ def _half(
     weights: Mapping[str, Tensor],
     spec: BlockSpec,
     policy: PolicyLike,
+    adapters: AdaptersLike | None,
     **options: Any,
 ) -> Tensor:
     parsed = Policy.parse(policy)
     parsed.check_available()
+    own: Adapters = ()
+    if adapters:
+        found = parse_adapters(spec, adapters)
+        own = tuple(one for one in found if f"{one[0]}.weight" in shapes)
+        shapes = {**shapes, **adapter_parameters(spec, own)}
+        own = own if options["training"] else without_dropout(own)
     call, inputs = prepare(
-        spec, hidden_states, attention=half == "attn", lossy=parsed.lossy, **options
-    )
+        spec, hidden_states, attention=half == "attn", lossy=parsed.lossy, adapters=[own],
+        **options,
+    )  # fmt: skip
     weights = check_weights(weights, shapes, hidden_states, call)
     [parsed] = effective_policies([parsed]) or [KEEP]
     wanted = wanted_names(hidden_states, weights)
-    job = _half_job(call, half, tuple(weights), wanted, parsed)
+    job = _half_job(call, half, tuple(weights), wanted, parsed, own)
     return run_job(job, inputs, hidden_states, list(weights.values()))
 
 
@@ -264,6 +292,7 @@ def ffn(
     spec: BlockSpec,
     policy: PolicyLike = "selective",
     *,
+    adapters: AdaptersLike | None = None,
     training: bool = False,
     chunk_size: int | None = None,
     impl: str = "auto",
@@ -277,6 +306,8 @@ def ffn(
             `dict(block.named_parameters())` will do. Gradients flow to them.
         spec: the block it is half of.
         policy: of its activations only `preact` matters here.
+        adapters: projection -> its `LoRA`, or several; their tensors stand among the weights, by
+            the names of `adapter_parameters`. Those of the other half are ignored.
         training: whether dropout is active.
         chunk_size: tokens a chunk; None: the device's default.
         impl: which operations run: `"triton"` (kernels), `"reference"` (PyTorch), or `"auto"`: the
@@ -300,6 +331,7 @@ def ffn(
         weights,
         spec,
         policy,
+        adapters,
         training=training,
         chunk_size=chunk_size,
         impl=impl,
@@ -313,6 +345,7 @@ def attention(
     spec: BlockSpec,
     policy: PolicyLike = "selective",
     *,
+    adapters: AdaptersLike | None = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -328,6 +361,7 @@ def attention(
         weights: the tensors `spec.attention_parameters()` names, by those names; more are ignored.
         spec: the block it is half of.
         policy: of its activations `qkv` and `attn_out` matter here.
+        adapters: as in `ffn`.
         position_embeddings: see `TransformerBlock.forward`, and so the others.
         attention_mask: see position_embeddings.
         cu_seqlens: see position_embeddings.
@@ -351,6 +385,7 @@ def attention(
         weights,
         spec,
         policy,
+        adapters,
         position_embeddings=position_embeddings,
         attention_mask=attention_mask,
         cu_seqlens=cu_seqlens,

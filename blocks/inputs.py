@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from backfuse.kernels.dispatch import (
 
 from .call import CHUNK_SIZE, Call, Inputs
 from .errors import nearest
+from .lora import Adapters, drops
 from .spec import BlockSpec, check_spec
 
 
@@ -68,9 +69,9 @@ def _check_layouts(
 
 
 def _check_weight_dtype(name: str, given: torch.dtype, dtype: torch.dtype, autocast: bool) -> None:
-    if autocast:
-        expected = [torch.float32, torch.bfloat16, torch.float16]
-        reason = "under autocast"
+    if autocast or ".lora_" in name:
+        expected = list(dict.fromkeys((torch.float32, torch.bfloat16, torch.float16, dtype)))
+        reason = "under autocast" if autocast else "as adapters may be"
     elif "_proj." in name:
         expected = [dtype]
         reason = "the dtype of hidden_states; mixed precision is torch.autocast's business"
@@ -87,8 +88,8 @@ def check_weights(
 ) -> dict[str, Tensor]:
     """The weights of a half or a block, in the order of `shapes`.
 
-    Outside autocast projections have the input's dtype, and norms that or fp32; under autocast
-    each may be fp32, bf16 or fp16.
+    Outside autocast projections have the input's dtype, norms that or fp32, and adapters that or
+    any of those that under autocast each may have: fp32, bf16 or fp16.
 
     Raises:
         TypeError: for weights that are no mapping of tensors, or a dtype that does not fit.
@@ -294,6 +295,7 @@ def prepare(
     layers: int = 1,
     attention: bool = True,
     offload_dir: Path | None = None,
+    adapters: Iterable[Adapters] = (),
 ) -> tuple[Call, Inputs]:
     """Check a call's arguments and put them in order.
 
@@ -312,6 +314,7 @@ def prepare(
         layers: how many layers the call runs through: each drops out with a seed of its own.
         attention: whether the call has an attention half.
         offload_dir: folder of the files that offloaded tensors go to; None: host memory.
+        adapters: the layers', with the dropout that is active.
 
     Raises:
         TypeError: for something of the wrong kind or dtype.
@@ -344,7 +347,7 @@ def prepare(
         or (attention and spec.attention_dropout > 0)
     )
     seed = None
-    if dropout:
+    if dropout or any(map(drops, adapters)):
         # Drawn from PyTorch's generator: torch.manual_seed and an outer checkpoint's RNG state
         # govern it, and a CUDA graph draws anew at each replay.
         seed = torch.randint(2**63 - 1, (layers,), device=x.device, dtype=torch.int64)

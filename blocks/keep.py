@@ -43,11 +43,11 @@ class Needs:
     Attributes:
         input: the gradient of the half's input.
         norm: gradients of the pre-norm's parameters.
-        projections: gradients of the weights that read the normed input.
+        projections: gradients of the weights that read the normed input, adapters' included.
         inner: any gradient on the far side of the half's activation: of the input, the pre-norm,
             the first projections (weights or biases), qk-norm.
-        out: the gradient of the output projection's weight, or that of a layer scale, which is
-            computed from it.
+        out: gradients that read the output projection's input: of its weight, of its adapters, or
+            of a layer scale, which is computed from the weight's.
         branch: `inner`, or anything of the output projection or a layer scale.
         post: gradients of the post-norm's parameters.
     """
@@ -77,7 +77,7 @@ def half_needs(spec: BlockSpec, half: str, wanted: frozenset[str], need_input: b
         need_input: whether the gradient of the half's input is wanted.
     """
     shapes = spec.attention_parameters() if half == "attn" else spec.ffn_parameters()
-    names = wanted & shapes.keys()
+    names = {n for n in wanted if n in shapes or f"{n.split('.lora_')[0]}.weight" in shapes}
     pre, post = (spec.norm_names.get(f"{half}_{role}", "-") for role in ("norm", "post_norm"))
     out_name = "self_attn.o_proj" if half == "attn" else "mlp.down_proj"
     norm = any(name.startswith(f"{pre}.") for name in names)
@@ -89,9 +89,9 @@ def half_needs(spec: BlockSpec, half: str, wanted: frozenset[str], need_input: b
     return Needs(
         input=need_input,
         norm=norm,
-        projections=any(name.endswith("_proj.weight") for name in first),
+        projections=any("_proj." in name and name.endswith(".weight") for name in first),
         inner=inner,
-        out=scale or f"{out_name}.weight" in out,
+        out=scale or any(name.endswith(".weight") for name in out),
         branch=scale or inner or bool(out),
         post=post_norm,
     )

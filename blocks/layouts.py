@@ -6,7 +6,7 @@ that order; gradients go back to the parameters' own.
 
 | field | parameter | the passes' |
 |---|---|---|
-| `conv1d` | projections `[in, out]` | their transposes: views |
+| `conv1d` | projections `[in, out]`, but for adapters | their transposes: views |
 | `qkv_per_head` | rows by key heads: its query heads, itself, its value head | q, then k, then v |
 """
 
@@ -25,6 +25,11 @@ FFN = ("mlp.up_proj.weight", "mlp.gate_proj.weight", "mlp.gate_up_proj.weight",
        "mlp.down_proj.weight")  # fmt: skip
 
 
+def _by_heads(spec: BlockSpec, name: str) -> bool:
+    """Whether a parameter's rows go by heads: those of an adapter's B do as well."""
+    return spec.qkv_per_head and (name in QKV or name.startswith("self_attn.qkv_proj.lora_B."))
+
+
 def in_order(spec: BlockSpec, name: str, weight: Tensor) -> Tensor:
     """A parameter as the passes read it: itself, where it is so already.
 
@@ -33,10 +38,10 @@ def in_order(spec: BlockSpec, name: str, weight: Tensor) -> Tensor:
         name: the parameter's.
         weight: the parameter, or a cast of it.
     """
-    if spec.conv1d and weight.dim() == 2:
+    if spec.conv1d and weight.dim() == 2 and ".lora_" not in name:
         # Kernels read rows: a copy a pass on a GPU, where they would make one for each chunk.
         return weight.t().contiguous() if weight.is_cuda and name in FFN else weight.t()
-    if spec.qkv_per_head and name in QKV:
+    if _by_heads(spec, name):
         heads = spec.num_key_value_heads
         widths = [size // heads for size in (spec.q_size, spec.kv_size, spec.v_size)]
         parts = weight.unflatten(0, (heads, -1)).split(widths, 1)
@@ -49,7 +54,7 @@ def as_parameter(spec: BlockSpec, name: str, grad: Tensor) -> Tensor:
 
     That of a transposed weight is computed as the parameter stands (see `call.WeightGrads`).
     """
-    if spec.qkv_per_head and name in QKV:
+    if _by_heads(spec, name):
         parts = grad.split([spec.q_size, spec.kv_size, spec.v_size])
         by_head = [part.unflatten(0, (spec.num_key_value_heads, -1)) for part in parts]
         return torch.cat(by_head, 1).flatten(0, 1)

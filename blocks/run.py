@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .attention import AttentionHalf
-from .call import Call, Inputs, WeightGrads, cast_weights
+from .call import Call, Inputs, WeightGrads, Weights, cast_weights
 from .ffn import FFNHalf
 from .keep import INPUT, block_needs, block_reads, ffn_reads, offloaded
+from .lora import Adapters
 from .policy import Policy
 
 Kept = dict[str, Tensor]
@@ -26,11 +27,13 @@ class Layer:
         policy: what it keeps.
         names: its parameters' names, in the order of its weights.
         wanted: the names that want a gradient, `INPUT` for the block's input.
+        adapters: of its projections.
     """
 
     policy: Policy
     names: tuple[str, ...]
     wanted: frozenset[str]
+    adapters: Adapters = ()
 
 
 def wanted_names(x: Tensor, weights: Mapping[str, Tensor]) -> frozenset[str]:
@@ -63,24 +66,32 @@ class LayerPass:
         named = dict(zip(self.layer.names, self.weights, strict=True))
         return cast_weights(self.call.spec, named, self.call.compute_dtype)
 
+    def _attention(
+        self, weights: Weights, x: Tensor | None, keep: Set[str] = frozenset()
+    ) -> AttentionHalf:
+        own = self.layer.adapters
+        return AttentionHalf(self.call, weights, self.inputs, x, self.kept, keep, own)
+
+    def _ffn(self, weights: Weights) -> FFNHalf:
+        return FFNHalf(self.call, weights, self.inputs, self.kept, self.layer.adapters)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
         """The block's output `[tokens, h]`, and what it keeps."""
         weights = self._cast()
         keep = block_reads(self.call.spec, self.layer.policy, self.layer.wanted).kept
-        attn = AttentionHalf(self.call, weights, self.inputs, x, {}, keep)
+        attn = self._attention(weights, x, keep)
         mid = attn.mid()
         kept = {name: attn.values[name] for name in keep & attn.values.keys()}
         del attn
-        ffn = FFNHalf(self.call, weights, self.inputs, {})
-        z, of_ffn = ffn.forward(self._ffn_input(x, mid), mid, keep)
+        ffn_input = self._ffn_input(x, mid)
+        z, of_ffn = self._ffn(weights).forward(ffn_input, mid, keep)
         return z, kept | of_ffn
 
     def output(self, x: Tensor) -> Tensor:
         """The block's output again, computing only what is not kept."""
         weights = self._cast()
-        mid = AttentionHalf(self.call, weights, self.inputs, x, self.kept).mid()
-        ffn = FFNHalf(self.call, weights, self.inputs, self.kept)
-        return ffn.forward(self._ffn_input(x, mid), mid)[0]
+        mid = self._attention(weights, x).mid()
+        return self._ffn(weights).forward(self._ffn_input(x, mid), mid)[0]
 
     def _ffn_input(self, x: Tensor, mid: Tensor) -> Tensor:
         return x if self.call.spec.parallel_residual else mid
@@ -93,8 +104,7 @@ class LayerPass:
         dx = None
         if dz is not None and (attn_needs.anything or ffn_needs.anything):
             weights = self._cast()
-            attn = AttentionHalf(call, weights, self.inputs, x, self.kept)
-            ffn = FFNHalf(call, weights, self.inputs, self.kept)
+            attn, ffn = self._attention(weights, x), self._ffn(weights)
             reads_mid = "mid" in ffn_reads(call.spec, layer.policy, ffn_needs).kept
             if call.spec.parallel_residual:
                 dsum = ffn.backward(x, dz, ffn_needs, grads) if ffn_needs.anything else None

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backfuse.blocks.lora import Adapters, LoRA
 from backfuse.blocks.spec import BlockSpec
 
 from .attributes import attribute, implementation
+from .peft import unwrap
 from .projections import projection
 from .recipe import Recipe
 from .stand_in import ANGLES, MASK
@@ -127,8 +129,12 @@ def _says_the_spec(mask: Tensor, spec: BlockSpec) -> bool:
     return known[key]
 
 
-def weights_of(layer: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
-    """The live parameters by the spec's names, if nothing else happens in their modules."""
+def weights_of(layer: nn.Module, recipe: Recipe) -> tuple[dict[str, Tensor], Adapters]:
+    """The live parameters by the spec's names, and PEFT's active LoRA with its own.
+
+    Raises:
+        OwnForward: if anything else happens in their modules.
+    """
     skipped = recipe.rest or ()
     for path, module in _parts(layer, skipped):
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
@@ -142,25 +148,34 @@ def weights_of(layer: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
             spec = recipe.spec
             if spec.attention_dropout or spec.residual_dropout or spec.activation_dropout:
                 raise OwnForward(f"{path} is in another mode than its layer, which drops out")
-    weights = {}
+    weights: dict[str, Tensor] = {}
+    adapters: dict[str, tuple[LoRA, ...]] = {}
     for name, path in recipe.names.items():
         place, _, kind = path.rpartition(".")
-        module = layer.get_submodule(place)
+        try:
+            live = unwrap(layer.get_submodule(place))
+        except TypeError as error:
+            raise OwnForward(f"{place}: {error}") from error
+        module = live.module
         if place in recipe.types:
             if type(module) is not recipe.types[place]:
                 raise OwnForward(f"{place} is a {type(module).__name__}")
             weight = getattr(module, kind)
         else:
             found = projection(module)
-            if found is None or found.adapters:
+            if found is None:
                 raise OwnForward(
                     f"{place} is a {type(module).__name__} of {type(module).__module__}"
                 )
             weight = found.weight if kind == "weight" else found.bias
+            if live.adapters and kind == "weight":
+                own = name.removesuffix(".weight")
+                weights |= live.weights(own)
+                adapters[own] = live.adapters
         if type(weight) not in (Tensor, nn.Parameter):
             raise OwnForward(f"{path} is a {type(weight).__name__}")
         weights[name] = weight
-    return weights
+    return weights, tuple(adapters.items())
 
 
 def _parts(

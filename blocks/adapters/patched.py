@@ -140,12 +140,13 @@ def _forward(layer: nn.Module, original: type[nn.Module], args: Any, kwargs: Any
     read, run = (arguments_of, run_hf) if recipe.kind == "hf" else (torch_arguments, run_torch)
     try:
         given = read(layer, recipe, args, kwargs)
-        weights = weights_of(layer, recipe)
+        weights, adapters = weights_of(layer, recipe)
     except OwnForward as reason:
         return _own_forward(layer, original, state, str(reason), args, kwargs)
     options = {
         "training": layer.training, "chunk_size": state.chunk_size, "impl": state.impl,
         "ffn_strategy": state.ffn_strategy, "offload_dir": state.offload_dir,
+        "adapters": adapters,
     }  # fmt: skip
     output = run(layer, recipe, current_policy(layer, state), weights, options, *given)
     return output if recipe.extra is None else (output, *[None] * recipe.extra)

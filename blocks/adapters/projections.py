@@ -14,13 +14,11 @@ class Projection(NamedTuple):
         weight: as the module holds it.
         bias: or None.
         transposed: whether the weight is `[in, out]`.
-        adapters: what is added to it; none so far.
     """
 
     weight: Tensor
     bias: Tensor | None
     transposed: bool
-    adapters: tuple[object, ...] = ()
 
 
 def projection(module: nn.Module) -> Projection | None:

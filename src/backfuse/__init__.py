@@ -6,6 +6,7 @@ from backfuse.blocks.block import TransformerBlock
 from backfuse.blocks.flash_attention import flash_attention
 from backfuse.blocks.flops import Flops, block_flops
 from backfuse.blocks.function import attention, ffn
+from backfuse.blocks.lora import LoRA, adapter_parameters
 from backfuse.blocks.memory import host_bytes, kept_bytes
 from backfuse.blocks.planner.plan import Plan, apply, plan
 from backfuse.blocks.policy import NAMED_POLICIES, Policy
@@ -20,11 +21,13 @@ __all__ = [
     "BlockSpec",
     "BlockStack",
     "Flops",
+    "LoRA",
     "PatchReport",
     "Plan",
     "Policy",
     "TransformerBlock",
     "__version__",
+    "adapter_parameters",
     "apply",
     "attention",
     "block_flops",
