@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import pandas as pd
 
@@ -131,7 +132,11 @@ def _of_model(
     summary: str, problem: Callable[[Case], Problem], package: str = "transformers"
 ) -> Operation:
     """A whole model: its own checkpointing, the compiler's, and ours."""
-    needs = {"package": package, "module": package, "obstacle": hf_model.needs_llama}
+    needs: dict[str, Any] = {
+        "package": package,
+        "module": package,
+        "obstacle": hf_model.needs_llama,
+    }
     providers = {
         **{name: replace(_way(name), **needs) for name in ("eager", "compile")},
         "hf-checkpointing": Provider(hf_model.checkpointing, keeps_all=False, **needs),
