@@ -127,6 +127,11 @@ _CORES["flash-attn"] = Provider(
     peers.flash_attention, package="flash-attn", module="flash_attn", obstacle=peers.needs_half
 )
 
+_COMPILED = {
+    "backfuse-compile": Provider(
+        own.compiled_stack, ("selective", "full"), obstacle=compiler_missing, keeps_all=False
+    )
+}
 
 def _of_model(
     summary: str, problem: Callable[[Case], Problem], package: str = "transformers"
@@ -187,7 +192,7 @@ OPERATIONS: dict[str, Operation] = {
     "stack": Operation(
         "a stack of blocks",
         operations.stack,
-        {**_ways(*WAYS), **_ours(own.stack, own.POLICIES)},
+        {**_ways(*WAYS), **_ours(own.stack, own.POLICIES), **_COMPILED},
     ),
     "train": Operation(
         "a training step with AdamW of a small model around a stack",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,9 @@ CHUNK_SIZE = {"cpu": 1024, "cuda": 4096}
 
 #: Numbers of the dropouts of a block, for the counter (see `dropout.py`).
 SITES = {"scores": 0, "attn": 1, "ffn": 2, "hidden": 3}
+
+#: Stands in for operations while a call is only traced: whoever runs it chooses (see `ops.py`).
+LATER: Operations = ModuleType("later")
 
 #: Where the output projection of each half is, by Hugging Face's names.
 OUT_PROJECTION = {"attn": "self_attn.o_proj", "ffn": "mlp.down_proj"}
@@ -76,6 +80,7 @@ class Call:
         chunk_size: tokens a chunk.
         ops: the kernels, or their reference.
         core: whose attention runs (see `kernels/cores`).
+        impl: the name that `ops` and `core` were chosen by.
         ffn_strategy: how the kernels rebuild a pre-activation (see `kernels/ffn_recompute.py`).
         dropout: whether dropout is active.
         max_seqlen: longest packed sequence, where the caller knows it.
@@ -90,6 +95,7 @@ class Call:
     chunk_size: int
     ops: Operations
     core: Operations | Core
+    impl: str = "auto"
     ffn_strategy: str = "auto"
     dropout: bool = False
     max_seqlen: int | None = None

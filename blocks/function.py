@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from .attention import AttentionHalf
 from .call import Call, Inputs, WeightGrads, cast_weights
 from .ffn import FFNHalf
 from .inputs import check_weights, prepare
-from .keep import INPUT, Needs, attention_reads, ffn_reads, half_needs, offloaded
+from .keep import INPUT, Needs, half_needs, half_reads, offloaded
 from .lora import (
     Adapters,
     AdaptersLike,
@@ -38,7 +38,7 @@ from .lora import (
 )
 from .offload import line
 from .policy import KEEP, Policy, PolicyLike
-from .replay import effective_policies
+from .replay import effective_policies, operators_matter
 from .run import Gradients, Kept, Layer, RunJob, wanted_names
 from .spec import BlockSpec, check_spec
 
@@ -54,8 +54,12 @@ class Job(Protocol):
     def label(self) -> str:
         """Whose it is, for messages."""
 
+    @property
+    def offloads(self) -> bool:
+        """Whether anything may go elsewhere than to the device's memory."""
+
     def away(self, kept: Kept) -> list[str]:
-        """Names of those kept tensors that go elsewhere than to the device's memory."""
+        """Names of those kept tensors that do."""
 
     def forward(self, x: Tensor, weights: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, Kept]:
         """The output `[tokens, h]`, and what is kept."""
@@ -76,6 +80,26 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     return _AS_IT_IS
 
 
+def refuse_second_derivative() -> None:
+    """Raise a ValueError in a backward pass that is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "create_graph is True, expected False: a backfuse block differentiates by hand "
+            "and cannot be differentiated twice. For a second derivative run the layer as "
+            "plain PyTorch under torch.utils.checkpoint(..., use_reentrant=False)."
+        )
+
+
+def _refuse_offload_in_capture() -> None:
+    """Raise a ValueError while a CUDA graph is captured, whose replays know no other memory."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "a policy offloads while a CUDA graph is captured, expected one that keeps or "
+            "recomputes: each step puts what it offloads elsewhere, and a graph replays the "
+            "addresses of one"
+        )
+
+
 class _Owner:
     """Owns a parcel in place of a saved tensor."""
 
@@ -91,6 +115,8 @@ class RecomputeFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: Job, inputs: Inputs, x: Tensor, *weights: Tensor) -> Tensor:
         """`x` is `[tokens, h]`, and so is the result."""
+        if job.offloads:
+            _refuse_offload_in_capture()
         with no_autocast(x):
             z, kept = job.forward(x, weights, inputs)
         ctx.parcel = token = None
@@ -107,12 +133,7 @@ class RecomputeFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         """Rebuild what was dropped, and differentiate by hand."""
-        if torch.is_grad_enabled():
-            raise ValueError(
-                "create_graph is True, expected False: a backfuse block differentiates by hand "
-                "and cannot be differentiated twice. For a second derivative run the layer as "
-                "plain PyTorch under torch.utils.checkpoint(..., use_reentrant=False)."
-            )
+        refuse_second_derivative()
         job, count = ctx.job, len(Inputs._fields)
         saved = ctx.saved_tensors
         split = len(saved) - 1 - len(ctx.names)
@@ -135,7 +156,12 @@ def run_job(job: Job, inputs: Inputs, hidden_states: Tensor, weights: Sequence[T
     x = hidden_states.flatten(0, 1)
     if x.stride(-1) != 1:  # kernels read whole rows
         x = x.contiguous()
-    z = RecomputeFunction.apply(job, inputs, x, *weights)
+    if operators_matter():
+        from .ops import call_op  # which knows the jobs of this file
+
+        z = call_op(job, inputs, x, weights)
+    else:
+        z = RecomputeFunction.apply(job, inputs, x, *weights)
     return z.view(hidden_states.shape)
 
 
@@ -186,8 +212,6 @@ class HalfJob:
         half: `"attn"` or `"ffn"`.
         names: of the half's parameters, in the order of its weights.
         wanted: the names that want a gradient, `INPUT` for the half's input.
-        needs: what the backward pass has to give.
-        keep: names of what the forward pass keeps.
         policy: what it keeps, and where.
         adapters: of the half's projections.
     """
@@ -196,15 +220,28 @@ class HalfJob:
     half: str
     names: tuple[str, ...]
     wanted: frozenset[str]
-    needs: Needs
-    keep: frozenset[str]
     policy: Policy
     adapters: Adapters = ()
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What the backward pass has to give."""
+        return half_needs(self.call.spec, self.half, self.wanted, INPUT in self.wanted)
+
+    @cached_property
+    def keep(self) -> frozenset[str]:
+        """Names of what the forward pass keeps."""
+        return half_reads(self.call.spec, self.half, self.policy, self.needs).kept
 
     @property
     def label(self) -> str:
         """For messages."""
         return "the attention half" if self.half == "attn" else "the FFN half"
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything may go elsewhere than to the device's memory."""
+        return self.policy.offloads
 
     def away(self, kept: Kept) -> list[str]:
         """Names of those kept tensors that go elsewhere."""
@@ -239,24 +276,6 @@ class HalfJob:
         return dx, grads.take()
 
 
-@lru_cache(maxsize=4096)
-def _half_job(
-    call: Call,
-    half: str,
-    names: tuple[str, ...],
-    wanted: frozenset[str],
-    policy: Policy,
-    adapters: Adapters,
-) -> HalfJob:
-    """The job, the same one for the same question."""
-    needs = half_needs(call.spec, half, wanted, INPUT in wanted)
-    if half == "ffn":
-        reads = ffn_reads(call.spec, policy, needs)
-    else:
-        reads = attention_reads(call.spec, policy, needs, read_mid=False)
-    return HalfJob(call, half, names, wanted, needs, reads.kept, policy, adapters)
-
-
 def _half(
     half: str,
     shapes: Mapping[str, tuple[int, ...]],
@@ -280,9 +299,10 @@ def _half(
         **options,
     )  # fmt: skip
     weights = check_weights(weights, shapes, hidden_states, call)
-    [parsed] = effective_policies([parsed]) or [KEEP]
+    kind = "attention" if half == "attn" else "ffn"
+    [parsed] = effective_policies([parsed], kind=kind) or [KEEP]
     wanted = wanted_names(hidden_states, weights)
-    job = _half_job(call, half, tuple(weights), wanted, parsed, own)
+    job = HalfJob(call, half, tuple(weights), wanted, parsed, own)
     return run_job(job, inputs, hidden_states, list(weights.values()))
 
 

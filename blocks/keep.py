@@ -217,6 +217,13 @@ def attention_reads(spec: BlockSpec, policy: Policy, needs: Needs, read_mid: boo
     return Reads(frozenset(kept), frozenset(rebuilt))
 
 
+def half_reads(spec: BlockSpec, half: str, policy: Policy, needs: Needs) -> Reads:
+    """What the backward pass of one half alone reads; the FFN half's input is named `mid`."""
+    if half == "ffn":
+        return ffn_reads(spec, policy, needs)
+    return attention_reads(spec, policy, needs, read_mid=False)
+
+
 @cache
 def block_reads(spec: BlockSpec, policy: Policy, wanted: frozenset[str]) -> Reads:
     """Everything that one block's backward pass reads.

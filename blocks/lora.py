@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from .errors import nearest
+from .remember import remembered
 from .spec import BlockSpec
 
 
@@ -136,7 +137,7 @@ def adapter_parameters(
     return found
 
 
-@cache
+@remembered
 def all_parameters(spec: BlockSpec, adapters: Adapters) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of the block, and of its adapters; not to be changed."""
     return {**spec.parameters(), **adapter_parameters(spec, adapters)}

@@ -14,6 +14,7 @@ from .ffn import FFNHalf
 from .keep import INPUT, block_needs, block_reads, ffn_reads, offloaded
 from .lora import Adapters
 from .policy import Policy
+from .spec import BlockSpec
 
 Kept = dict[str, Tensor]
 Gradients = tuple[Tensor | None, list[Tensor | None]]
@@ -142,6 +143,11 @@ class RunJob:
     tree: Tree
     label: str = "the block"
 
+    @property
+    def offloads(self) -> bool:
+        """Whether anything may go elsewhere than to the device's memory."""
+        return any(layer.policy.offloads for layer in self.layers)
+
     def away(self, kept: Kept) -> list[str]:
         """Names of those kept tensors that go elsewhere."""
         names = []
@@ -153,6 +159,17 @@ class RunJob:
             )
             names += [f"{index}.{name}" for name in sorted(offloaded(layer.policy, own))]
         return names
+
+    @staticmethod
+    def kept_names(spec: BlockSpec, layers: Sequence[Layer]) -> list[str]:
+        """Names of what a run keeps, as `forward` gives them."""
+        names: list[str] = []
+        if len(layers) > 1 and any(layer.wanted for layer in layers):
+            names.append("0.x")
+        for index, layer in enumerate(layers):
+            own = block_reads(spec, layer.policy, layer.wanted).kept
+            names += [f"{index}.{name}" for name in sorted(own) if name != "x" or not index]
+        return list(dict.fromkeys(names))
 
     def _passes(self, weights: Sequence[Tensor], inputs: Inputs, kept: Kept) -> list[LayerPass]:
         passes, start = [], 0

@@ -14,6 +14,7 @@ and so have the parameters: a Hugging Face layer's `state_dict` loads as it is.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -258,6 +259,8 @@ class BlockSpec:
                 "shared_norm is True, expected False without parallel_residual or a norm before "
                 "the halves: they read different things"
             )
+        for name in ("text", "there", "_attention_parameters", "_ffn_parameters"):
+            getattr(self, name)  # torch.compile cannot trace the lock of a cached property
 
     def _resolve(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -277,6 +280,19 @@ class BlockSpec:
         """The fields from which the others were derived: `BlockSpec(**given)` is the same spec."""
         derived: frozenset[str] = getattr(self, "_derived", frozenset()) - {"hidden_act"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in derived}
+
+    @cached_property
+    def text(self) -> str:
+        """The spec in JSON: `BlockSpec(**json.loads(text))` is the same one."""
+        return json.dumps(self.given)
+
+    @cached_property
+    def there(self) -> frozenset[str]:
+        """Names of the fields that are neither 0, False nor None.
+
+        For code that torch.compile traces: of a number it reads it makes a symbol.
+        """
+        return frozenset(f.name for f in fields(self) if getattr(self, f.name))
 
     @classmethod
     def from_config(cls, config: Any, layer_idx: int = 0) -> BlockSpec:

@@ -99,7 +99,8 @@ def _mask(recipe: Recipe, x: Tensor, mask: Any) -> Tensor | None:
         raise OwnForward(f"its {MASK} is of shape {list(mask.shape)}, with {seq_len} tokens")
     if not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise OwnForward(f"its {MASK} is {mask.dtype}")
-    if mask.shape[2] == seq_len and _says_the_spec(mask, spec):
+    traced = torch.compiler.is_compiling()  # a traced mask has no values yet
+    if mask.shape[2] == seq_len and not traced and _says_the_spec(mask, spec):
         return None
     return mask.expand(-1, -1, seq_len, -1)
 

@@ -8,6 +8,7 @@ from backfuse.blocks.flops import Flops, block_flops
 from backfuse.blocks.function import attention, ffn
 from backfuse.blocks.lora import LoRA, adapter_parameters
 from backfuse.blocks.memory import host_bytes, kept_bytes
+from backfuse.blocks.ops import SAVE_OPS
 from backfuse.blocks.planner.plan import Plan, apply, plan
 from backfuse.blocks.policy import NAMED_POLICIES, Policy
 from backfuse.blocks.spec import BlockSpec
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NAMED_POLICIES",
+    "SAVE_OPS",
     "BlockSpec",
     "BlockStack",
     "Flops",
