@@ -4,6 +4,7 @@ from backfuse.blocks.block import TransformerBlock
 from backfuse.blocks.flash_attention import flash_attention
 from backfuse.blocks.flops import Flops, block_flops
 from backfuse.blocks.function import attention, ffn
+from backfuse.blocks.loss import linear_cross_entropy
 from backfuse.blocks.memory import host_bytes, kept_bytes
 from backfuse.blocks.planner.plan import Plan, apply, plan
 from backfuse.blocks.policy import NAMED_POLICIES, Policy
@@ -29,6 +30,7 @@ __all__ = [
     "flash_attention",
     "host_bytes",
     "kept_bytes",
+    "linear_cross_entropy",
     "plan",
     "rope_cos_sin",
 ]
