@@ -306,8 +306,9 @@ class AttentionHalf:
                 if self.norm is not None:
                     x = self.values["x"][rows]
                     normed = torch.empty_like(dnormed) if needs.projections else None
+                    residual = dmid[rows] if call.residual else None
                     self.norm.backward(
-                        dnormed, x, rows, grads, residual=dmid[rows], dx=dpart, normed=normed
+                        dnormed, x, rows, grads, residual=residual, dx=dpart, normed=normed
                     )
                 elif dpart is not None:
                     torch.add(dmid[rows], dnormed, out=dpart)

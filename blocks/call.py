@@ -77,6 +77,7 @@ class Call:
         dropout: whether dropout is active.
         max_seqlen: longest packed sequence, where the caller knows it.
         offload_dir: folder of the files that offloaded tensors go to; None: host memory.
+        residual: whether a half adds its input; False where its output is a partial sum.
     """
 
     spec: BlockSpec
@@ -91,6 +92,7 @@ class Call:
     dropout: bool = False
     max_seqlen: int | None = None
     offload_dir: Path | None = None
+    residual: bool = True
 
     def chunks(self) -> Iterator[slice]:
         """Slices of rows that cover all tokens."""
@@ -337,6 +339,7 @@ class Branch:
         self.post = (
             NormUse(call, weights, f"{half}_post_norm", kept) if call.spec.post_norm else None
         )
+        self.residual = call.residual
         self.p = call.spec.residual_dropout if call.dropout else 0.0
         self.seed = seed
         self.site = SITES[half]
@@ -356,6 +359,8 @@ class Branch:
         """
         if self.p:
             torch.add(residual, self._drop(self.project(x), rows), out=out)
+        elif not self.residual:
+            matmul_transposed(x, self.weight, self.bias, out)
         else:
             linear_add(residual, x, self.weight, self.bias, out)
 

@@ -212,8 +212,9 @@ class FFNHalf:
                 again = None
                 if needs.projections and normed is None:
                     normed = again = torch.empty_like(dnormed)
+                residual = dz if self.call.residual else None
                 self.norm.backward(
-                    dnormed, mid, rows, grads, residual=dz, dx=dmid, normed=again
+                    dnormed, mid, rows, grads, residual=residual, dx=dmid, normed=again
                 )
             elif dmid is not None:
                 torch.add(dz, dnormed, out=dmid)

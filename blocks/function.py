@@ -188,10 +188,10 @@ class HalfJob:
 
 
 @lru_cache(maxsize=4096)
-def _half_job(
+def half_job(
     call: Call, half: str, names: tuple[str, ...], wanted: frozenset[str], policy: Policy
 ) -> HalfJob:
-    """The job, the same one for the same question."""
+    """The job of one half, the same one for the same question."""
     needs = half_needs(call.spec, half, wanted, INPUT in wanted)
     if half == "ffn":
         reads = ffn_reads(call.spec, policy, needs)
@@ -217,7 +217,7 @@ def _half(
     weights = check_weights(weights, shapes, hidden_states, call)
     [parsed] = effective_policies([parsed]) or [KEEP]
     wanted = wanted_names(hidden_states, weights)
-    job = _half_job(call, half, tuple(weights), wanted, parsed)
+    job = half_job(call, half, tuple(weights), wanted, parsed)
     return run_job(job, inputs, hidden_states, list(weights.values()))
 
 

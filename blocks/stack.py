@@ -117,7 +117,7 @@ def _is_called(block: TransformerBlock) -> bool:
         block._forward_pre_hooks, block._forward_hooks,
         block._backward_pre_hooks, block._backward_hooks,
     )  # fmt: skip
-    return any(hooks) or block._compiled_call_impl is not None
+    return any(hooks) or block._compiled_call_impl is not None or block.parallel is not None
 
 
 class BlockStack(nn.Module):

@@ -6,7 +6,9 @@ from backfuse.blocks.flops import Flops, block_flops
 from backfuse.blocks.function import attention, ffn
 from backfuse.blocks.loss import linear_cross_entropy
 from backfuse.blocks.memory import host_bytes, kept_bytes
+from backfuse.blocks.parallel import parallelize
 from backfuse.blocks.planner.plan import Plan, apply, plan
+from backfuse.blocks.planner.ranks import plan_on_all_ranks
 from backfuse.blocks.policy import NAMED_POLICIES, Policy
 from backfuse.blocks.spec import BlockSpec
 from backfuse.blocks.stack import BlockStack
@@ -31,6 +33,8 @@ __all__ = [
     "host_bytes",
     "kept_bytes",
     "linear_cross_entropy",
+    "parallelize",
     "plan",
+    "plan_on_all_ranks",
     "rope_cos_sin",
 ]
