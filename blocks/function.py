@@ -120,14 +120,15 @@ class RecomputeFunction(torch.autograd.Function):
 def run_job(job: Job, inputs: Inputs, hidden_states: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Run a job on `[batch, seq_len, h]`.
 
-    The reshaping stands outside the autograd function: its result is then no view made inside
-    it, and may be changed in place as any layer's.
+    The reshaping stands outside the autograd function, and is none that autograd calls a view:
+    the result may be changed in place as any layer's, also where a sharding engine hangs hooks on
+    it. Nobody else has the storage.
     """
     x = hidden_states.flatten(0, 1)
     if x.stride(-1) != 1:  # kernels read whole rows
         x = x.contiguous()
     z = RecomputeFunction.apply(job, inputs, x, *weights)
-    return z.view(hidden_states.shape)
+    return torch.ops.aten._unsafe_view(z, hidden_states.shape)
 
 
 @dataclass(frozen=True, eq=False)

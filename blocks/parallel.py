@@ -38,6 +38,10 @@ from .replay import effective_policies
 from .run import Gradients, Kept, wanted_names
 from .spec import BlockSpec, check_spec
 
+#: The collectives' names from PyTorch 2.13 on, or those before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 #: Fields that have to be so: what stands behind the sum over ranks, or crosses heads, is not split.
 EXPECTED = {
     "norm_position": "pre", "stacked_qkv": False, "stacked_gate_up": False, "o_bias": False,
@@ -100,7 +104,7 @@ class Parallel:
             return x
         ranks, (rows, width) = self.mesh.size(), x.shape
         parts = x.new_empty(ranks * rows, width)
-        dist.all_gather_into_tensor(parts, x.contiguous(), self.mesh.get_group())
+        _all_gather(parts, x.contiguous(), self.mesh.get_group())
         return parts.view(ranks, batch_size, -1, width).transpose(0, 1).reshape(-1, width)
 
     def reduce(self, partial: Tensor, batch_size: int) -> Tensor:
@@ -111,7 +115,7 @@ class Parallel:
         ranks, width = self.mesh.size(), partial.shape[1]
         parts = partial.view(batch_size, ranks, -1, width).transpose(0, 1).reshape(-1, width)
         own = partial.new_empty(len(parts) // ranks, width)
-        dist.reduce_scatter_tensor(own, parts, group=self.mesh.get_group())
+        _reduce_scatter(own, parts, group=self.mesh.get_group())
         return own
 
     def sum_replicated(self, names: Sequence[str], grads: list[Tensor | None]) -> None:

@@ -4,13 +4,13 @@ import functools
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from checks_sharded import TOKENS, held_bytes
 from families import assert_as_good_as
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from backfuse import BlockSpec, BlockStack, kept_bytes, parallelize
+from backfuse.blocks import parallel
 from backfuse.blocks.parallel import local_spec
 
 SPECS = {
@@ -145,17 +145,17 @@ def check_what_is_kept_and_sent():
         sent = {}
 
         def counted(name, sent=sent):
-            call = getattr(dist, name)
+            call = getattr(parallel, name)
 
             def count(*args, **kwargs):
                 sent[name] = sent.get(name, 0) + 1
                 return call(*args, **kwargs)
 
-            return mock.patch.object(dist, name, count)
+            return mock.patch.object(parallel, name, count)
 
-        with counted("all_gather_into_tensor"), counted("reduce_scatter_tensor"):
+        with counted("_all_gather"), counted("_reduce_scatter"):
             out = stack(x)
-            assert sent == {"all_gather_into_tensor": 4, "reduce_scatter_tensor": 4}
+            assert sent == {"_all_gather": 4, "_reduce_scatter": 4}
             sizes = {"batch_size": BATCH, "seq_len": TOKENS, "dtype": torch.float32}
             kept = kept_bytes(local_spec(spec, 2), policy, **sizes)
             whole = {name: size for name, size in kept.items() if name not in ("x", "mid")}
@@ -164,7 +164,7 @@ def check_what_is_kept_and_sent():
             assert held_bytes(out.sum()) == held, policy
             sent.clear()
             out.backward(torch.ones_like(out))
-            assert sent == {"all_gather_into_tensor": 8, "reduce_scatter_tensor": 4}
+            assert sent == {"_all_gather": 8, "_reduce_scatter": 4}
 
 
 def check_with_fsdp_in_the_other_dimension():
