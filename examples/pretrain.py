@@ -402,7 +402,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pretrain: stopped; the last checkpoint is whole", file=sys.stderr)
         return 130
-    except dist.DistError as error:
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
         print(f"pretrain: error: another process is gone: {error}", file=sys.stderr, flush=True)
         os._exit(3)  # an orderly end would wait for it
     finally:

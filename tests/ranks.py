@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 #: Modules that hold checks.
-CHECKS = ("checks_sharded", "checks_tensor")
+CHECKS = ("checks_sharded", "checks_tensor", "checks_pipeline")
 
 WORLD = 4
 
