@@ -89,9 +89,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 "hand and cannot be differentiated twice"
             )
         if ctx.each:
-            *given, labels, valid = ctx.saved_tensors
+            x, weight, bias, labels, valid = ctx.saved_tensors
             wanted = ctx.needs_input_grad[:3]
-            _, grads = _walk(*given, labels, valid, ctx.chunk_size, wanted, dloss)
+            _, grads = _walk(x, weight, bias, labels, valid, ctx.chunk_size, wanted, dloss)
         else:
             grads = [g if g is None else (g * dloss).to(g.dtype) for g in ctx.saved_tensors]
         return *grads, None, None, None, None

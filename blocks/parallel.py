@@ -21,13 +21,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from .block import TransformerBlock
 from .call import Call, Inputs
@@ -38,9 +36,19 @@ from .replay import effective_policies
 from .run import Gradients, Kept, wanted_names
 from .spec import BlockSpec, check_spec
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 #: The collectives' names from PyTorch 2.13 on, or those before.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather: Any
+_reduce_scatter: Any
+_all_gather, _reduce_scatter = (
+    getattr(dist, new if hasattr(dist, new) else old, None)
+    for new, old in (
+        ("all_gather_single", "all_gather_into_tensor"),
+        ("reduce_scatter_single", "reduce_scatter_tensor"),
+    )
+)
 
 #: Fields that have to be so: what stands behind the sum over ranks, or crosses heads, is not split.
 EXPECTED = {
@@ -146,10 +154,8 @@ class Parallel:
             offload_dir=block.offload_dir,
         )  # fmt: skip
         call = _partial(call)
-        weights = {
-            name: weight.to_local() if isinstance(weight, DTensor) else weight
-            for name, weight in block.weights().items()
-        }
+        parts: dict[str, Any] = dict(block.weights())  # DTensors
+        weights = {name: part.to_local() for name, part in parts.items()}
         weights = check_weights(weights, self.spec.parameters(), hidden_states, call)
         [policy] = effective_policies([block.policy]) or [KEEP]
         halves = ("attn", self.spec.attention_parameters()), ("ffn", self.spec.ffn_parameters())
@@ -259,6 +265,10 @@ def parallelize(
             are sharded already, and what `local_spec` refuses: heads that do not divide, say. The
             module is then as it was.
     """
+    # Imported here: it takes a while, and a build of PyTorch may lack it.
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}, expected a torch.nn.Module")
     if not isinstance(mesh, DeviceMesh):
