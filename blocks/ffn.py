@@ -260,8 +260,9 @@ class FFNHalf:
                 again = None
                 if needs.projections and normed is None:
                     normed = again = torch.empty_like(dnormed)
+                passed = residual if self.call.residual else None
                 self.norm.backward(
-                    dnormed, mid, rows, grads, residual=residual, dx=dmid, normed=again
+                    dnormed, mid, rows, grads, residual=passed, dx=dmid, normed=again
                 )
             elif dmid is not None:
                 torch.add(residual, dnormed, out=dmid)
