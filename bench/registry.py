@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import pandas as pd
 
@@ -109,16 +110,12 @@ for _name, _recompute in {"quack": False, "quack-recompute": True}.items():
         partial(peers.quack_mlp, recompute=_recompute), obstacle=peers.needs_quack_ffn
     )
 for _name, _recompute in {"te": False, "te-checkpoint": True}.items():
-    _FFNS[_name] = _te(
-        partial(peers.te_half, recompute=_recompute), obstacle=peers.needs_llama_ffn
-    )
+    _FFNS[_name] = _te(partial(peers.te_half, recompute=_recompute), obstacle=peers.needs_llama_ffn)
 _FFNS |= _ours(own.ffn, ("keep", "selective"))
 _FFNS["backfuse-fused"] = Provider(
     own.fused_ffn, ("selective",), obstacle=own.needs_kernels, keeps_all=False
 )
-_FFNS = {
-    name: replace(how, make=operations.each_half(how.make)) for name, how in _FFNS.items()
-}
+_FFNS = {name: replace(how, make=operations.each_half(how.make)) for name, how in _FFNS.items()}
 _CORES = {
     f"sdpa-{backend.lower().removesuffix('_attention')}": Provider(
         partial(peers.sdpa_backend, backend=backend), obstacle=peers.needs_gpu
@@ -140,7 +137,11 @@ def _of_model(
     summary: str, problem: Callable[[Case], Problem], package: str = "transformers"
 ) -> Operation:
     """A whole model: its own checkpointing, the compiler's, and ours."""
-    needs = {"package": package, "module": package, "obstacle": hf_model.needs_llama}
+    needs: dict[str, Any] = {
+        "package": package,
+        "module": package,
+        "obstacle": hf_model.needs_llama,
+    }
     providers = {
         **{name: replace(_way(name), **needs) for name in ("eager", "compile")},
         "hf-checkpointing": Provider(hf_model.checkpointing, keeps_all=False, **needs),

@@ -331,8 +331,9 @@ class AttentionHalf:
                 if self.norm is not None:
                     x = self.values["x"][rows]
                     normed = torch.empty_like(dnormed) if needs.projections else None
+                    passed = residual[rows] if call.residual else None
                     self.norm.backward(
-                        dnormed, x, rows, grads, residual=residual[rows], dx=dpart, normed=normed
+                        dnormed, x, rows, grads, residual=passed, dx=dpart, normed=normed
                     )
                 elif dpart is not None:
                     torch.add(residual[rows], dnormed, out=dpart)

@@ -140,6 +140,8 @@ class TransformerBlock(nn.Module):
         check_impl(impl, ffn_strategy)
         self.impl, self.ffn_strategy = impl, ffn_strategy
         self.offload_dir = check_offload_dir(offload_dir)
+        #: How the block is split over ranks, if it is: see `parallel.py`.
+        self.parallel: Any = None
         for path, module in parameter_modules(spec, device, dtype).items():
             parent, _, name = path.rpartition(".")
             if parent and parent not in self._modules:
@@ -253,6 +255,12 @@ class TransformerBlock(nn.Module):
             TypeError: for a wrong dtype or kind.
             ValueError: for a wrong shape, value or device.
         """
+        options: dict[str, Any] = {
+            "position_embeddings": position_embeddings, "attention_mask": attention_mask,
+            "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen,
+        }  # fmt: skip
+        if self.parallel is not None:
+            return self.parallel.forward(self, hidden_states, options)
         weights, adapters = self.weights()
         return block(
             hidden_states,
@@ -260,10 +268,7 @@ class TransformerBlock(nn.Module):
             self.spec,
             self.policy,
             adapters=adapters,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
+            **options,
             training=self.training,
             chunk_size=self.chunk_size,
             impl=self.impl,

@@ -40,7 +40,7 @@ from .spec import LAYER_SCALE, BlockSpec
 CHUNK_SIZE = {"cpu": 1024, "cuda": 4096}
 
 #: Numbers of the dropouts of a block, for the counter (see `dropout.py`).
-SITES = {"scores": 0, "attn": 1, "ffn": 2}
+SITES = {"scores": 0, "attn": 1, "ffn": 2, "hidden": 3}
 
 #: Stands in for operations while a call is only traced: whoever runs it chooses (see `ops.py`).
 LATER: Operations = ModuleType("later")
@@ -85,6 +85,7 @@ class Call:
         dropout: whether dropout is active.
         max_seqlen: longest packed sequence, where the caller knows it.
         offload_dir: folder of the files that offloaded tensors go to; None: host memory.
+        residual: whether a half adds its input; False where its output is a partial sum.
     """
 
     spec: BlockSpec
@@ -100,6 +101,7 @@ class Call:
     dropout: bool = False
     max_seqlen: int | None = None
     offload_dir: Path | None = None
+    residual: bool = True
 
     def chunks(self) -> Iterator[slice]:
         """Slices of rows that cover all tokens."""
@@ -457,6 +459,7 @@ class Branch:
         self.after_residual = call.spec.norm_after_residual
         self.factor = call.spec.residual_multiplier
         self.scale = weights.get(LAYER_SCALE[half])
+        self.residual = call.residual
         self.p = call.spec.residual_dropout if call.dropout else 0.0
         self.seed = seed
         self.site = SITES[half]
@@ -500,6 +503,8 @@ class Branch:
             y = self._drop(y, rows) if self.p else y
             y = y if self.scale is None else y * self.scale
             torch.add(residual, y, alpha=self.factor, out=out)
+        elif not self.residual:
+            matmul_transposed(x, self.weight, self.bias, out)
         else:
             linear_add(residual, x, self.weight, self.bias, out, self.factor)
             self._add_adapters(out, x, rows, self.factor)

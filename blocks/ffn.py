@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backfuse.kernels.reference.dropout import dropout_rows_
 from backfuse.kernels.reference.fp8 import DTYPE as FP8
 
-from .call import Branch, Call, Inputs, NormUse, Projections, WeightGrads, Weights
+from .call import SITES, Branch, Call, Inputs, NormUse, Projections, WeightGrads, Weights
 from .keep import Needs
 from .lora import Adapters
 
@@ -55,12 +56,27 @@ class FFNHalf:
         self.activation = (spec.hidden_act, spec.gated)
         self.norm = NormUse(call, weights, "ffn_norm", kept) if spec.pre_norm else None
         self.branch = Branch(call, weights, "ffn", adapters, inputs.seed, kept)
+        self.p = spec.activation_dropout if call.dropout else 0.0
+        self.seed = inputs.seed
+
+    def _drop(self, x: Tensor, rows: slice) -> Tensor:
+        """Dropout of the hidden in place, or of what is linear in its gradient."""
+        if not self.p:
+            return x
+        assert self.seed is not None
+        return dropout_rows_(x, self.seed, self.p, rows.start, SITES["hidden"])
 
     def _normed(self, mid: Tensor, rows: slice) -> Tensor:
         """The normalised input of a chunk, in the compute dtype."""
         if self.norm is None:
             return mid.to(self.call.compute_dtype)
         return self.norm.apply(mid, rows)
+
+    def _activate(self, normed: Tensor | None, rows: slice, **written: Tensor | None) -> Tensor:
+        """The hidden, from the normed input of a chunk; `written` as `ffn_up` takes it."""
+        assert normed is not None
+        products = self.ups.low_rank.forward(normed, rows)
+        return self.call.ops.ffn_up(*self._up(normed), products=products, **written)
 
     def _up(
         self, normed: Tensor | None
@@ -105,13 +121,13 @@ class FFNHalf:
             if "preact" in kept and "preact_scales" not in kept:
                 hidden = ops.activation_forward(kept["preact"][rows], *self.activation)
             else:
-                normed = self._normed(mid[rows], rows)
-                hidden = ops.ffn_up(
-                    *self._up(normed),
-                    products=self.ups.low_rank.forward(normed, rows),
+                hidden = self._activate(
+                    self._normed(mid[rows], rows),
+                    rows,
                     preact=out["preact"][rows] if "preact" in out else None,
                     scales=out["preact_scales"][rows] if "preact_scales" in out else None,
                 )
+            hidden = self._drop(hidden, rows)
             if self.branch.post is None:
                 self.branch.forward(beside, hidden, rows, z[rows])
                 continue
@@ -153,17 +169,13 @@ class FFNHalf:
             scales = kept["preact_scales"][rows] if "preact_scales" in kept else None
             normed = hidden = projected = None
             if part is not None and reads_preact and preact is None:
-                normed = self._normed(mid[rows], rows)
+                normed = self._normed(part, rows)
             if post is not None:
                 if normed is None:
                     projected = kept["ffn_branch"][rows]
                 else:
                     preact = dpreact
-                    hidden = call.ops.ffn_up(
-                        *self._up(normed),
-                        products=self.ups.low_rank.forward(normed, rows),
-                        preact=preact,
-                    )
+                    hidden = self._drop(self._activate(normed, rows, preact=preact), rows)
                     projected = self.branch.project(hidden, part, rows)
             residual, dsum = dz[rows], None
             if spec.norm_after_residual and needs.branch:
@@ -178,10 +190,9 @@ class FFNHalf:
                 )
             elif hidden is None and preact is not None:
                 hidden = call.ops.activation_forward(preact, *self.activation, scales, dy.dtype)
+                hidden = self._drop(hidden, rows)
             elif hidden is None:
-                hidden = call.ops.ffn_up(
-                    *self._up(normed), products=self.ups.low_rank.forward(normed, rows)
-                )
+                hidden = self._drop(self._activate(normed, rows), rows)
             if hidden is not None:
                 self.branch.backward_weight(dy, u, hidden, rows, grads)
             if needs.inner:
@@ -203,8 +214,9 @@ class FFNHalf:
         grads: WeightGrads,
     ) -> Tensor | None:
         """Down projection and activation: writes dpreact, gives the hidden."""
+        want_biases = self.ups.want_biases(grads)
         wanted: dict[str, Any] = {
-            "need_hidden": needs.out, "need_dbias": self.ups.want_biases(grads),
+            "need_hidden": needs.out, "need_dbias": want_biases and not self.p,
             **self.branch.low_rank.input_terms(u, rows),
         }  # fmt: skip
         down = self.branch.weight
@@ -218,6 +230,12 @@ class FFNHalf:
             hidden, dbias = self.call.ops.ffn_dact(
                 dy, down, preact, *self.activation, dpreact, scales=scales, **wanted
             )
+        if self.p:  # dpreact is linear in the hidden's gradient: what drops out there is 0 here
+            for part in dpreact.chunk(2 if self.spec.gated else 1, -1):
+                self._drop(part, rows)
+            hidden = None if hidden is None else self._drop(hidden, rows)
+            if want_biases:
+                self.ups.backward_biases(dpreact, grads)
         if dbias is not None:
             self.ups.add_biases(dbias, grads)
         return hidden
@@ -242,8 +260,9 @@ class FFNHalf:
                 again = None
                 if needs.projections and normed is None:
                     normed = again = torch.empty_like(dnormed)
+                passed = residual if self.call.residual else None
                 self.norm.backward(
-                    dnormed, mid, rows, grads, residual=residual, dx=dmid, normed=again
+                    dnormed, mid, rows, grads, residual=passed, dx=dmid, normed=again
                 )
             elif dmid is not None:
                 torch.add(residual, dnormed, out=dmid)

@@ -150,19 +150,19 @@ class RecomputeFunction(torch.autograd.Function):
 def run_job(job: Job, inputs: Inputs, hidden_states: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Run a job on `[batch, seq_len, h]`.
 
-    The reshaping stands outside the autograd function: its result is then no view made inside
-    it, and may be changed in place as any layer's.
+    The reshaping stands outside the autograd function, and is none that autograd calls a view:
+    the result may be changed in place as any layer's, also where a sharding engine hangs hooks on
+    it. Nobody else has the storage.
     """
     x = hidden_states.flatten(0, 1)
     if x.stride(-1) != 1:  # kernels read whole rows
         x = x.contiguous()
-    if operators_matter():
+    if operators_matter() and isinstance(job, RunJob | HalfJob):
         from .ops import call_op  # which knows the jobs of this file
 
-        z = call_op(job, inputs, x, weights)
-    else:
-        z = RecomputeFunction.apply(job, inputs, x, *weights)
-    return z.view(hidden_states.shape)
+        return call_op(job, inputs, x, weights).view(hidden_states.shape)
+    z = RecomputeFunction.apply(job, inputs, x, *weights)
+    return torch.ops.aten._unsafe_view(z, hidden_states.shape)
 
 
 def block(

@@ -165,6 +165,7 @@ def _everything(
         "ffn_post_norm_stats": post_stats,
     }
     result = {name: tokens * size for name, size in per_token.items() if name in kept}
-    if training and wanted and (spec.attention_dropout or spec.residual_dropout or drops(own)):
+    dropouts = spec.attention_dropout, spec.residual_dropout, spec.activation_dropout
+    if training and wanted and (any(dropouts) or drops(own)):
         result["seed"] = 8
     return result, offloaded(parsed, kept)

@@ -118,6 +118,8 @@ class BlockSpec:
             and in nothing else (GPT-OSS): the parameter `self_attn.sinks`.
         attention_dropout: probability of dropping a softmax weight, in training.
         residual_dropout: probability of dropping an element of a half's output, in training.
+        activation_dropout: probability of dropping an element of the FFN's activated hidden, in
+            training (`torch.nn.TransformerEncoderLayer`).
         stacked_qkv: one `self_attn.qkv_proj` instead of three projections: q, k, v.
         qkv_per_head: whether its rows go by key heads, each with its query heads, itself and its
             value head (GPT-NeoX), and not all q first.
@@ -162,6 +164,7 @@ class BlockSpec:
     layer_scale: bool = False
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
+    activation_dropout: float = 0.0
     stacked_qkv: bool = False
     qkv_per_head: bool = False
     stacked_gate_up: bool = False
@@ -219,7 +222,7 @@ class BlockSpec:
                 continue
             if not _is_number(value) or not value > 0:
                 raise ValueError(f"{name} is {value!r}, expected a positive number")
-        for name in ("attention_dropout", "residual_dropout"):
+        for name in ("attention_dropout", "residual_dropout", "activation_dropout"):
             value = getattr(self, name)
             if not _is_number(value) or not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} is {value!r}, expected 0 <= p < 1")

@@ -4,12 +4,17 @@ A segment is a run of layers of which only the first keeps its `x`; the others' 
 it, one layer's output after another, reading what those layers kept. Segments nest: the parts of
 a segment may be segments again, and then only the inputs of the parts being worked on exist at a
 time. With `n` layers, `sqrt(n)` equal segments hold `2 sqrt(n)` inputs (Chen et al. 2016).
+
+A layer that somebody has put hooks on (`fully_shard` does), compiled, or split over devices is
+called as a module, so that those run. In a segment with others it cannot be: the segment reads all
+its weights at once. There the stack is what to shard: one `BlockStack` a segment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +112,15 @@ def parse_segments(segments: Segments | None, policies: Sequence[Policy]) -> lis
     return list(segments)
 
 
+def _is_called(block: TransformerBlock) -> bool:
+    """Whether a layer has to be called as a module, because more than its forward is to run."""
+    hooks = (
+        block._forward_pre_hooks, block._forward_hooks,
+        block._backward_pre_hooks, block._backward_hooks,
+    )  # fmt: skip
+    return any(hooks) or block._compiled_call_impl is not None or block.parallel is not None
+
+
 class BlockStack(nn.Module):
     """Blocks in a row.
 
@@ -152,7 +166,15 @@ class BlockStack(nn.Module):
         self.offload_dir = check_offload_dir(offload_dir)
         policies, parts = self._parse(policy, segments, num_layers)
         self.layers = nn.ModuleList(
-            TransformerBlock(spec, chunk_size=chunk_size, device=device, dtype=dtype)
+            TransformerBlock(
+                spec,
+                chunk_size=chunk_size,
+                impl=impl,
+                ffn_strategy=ffn_strategy,
+                offload_dir=offload_dir,
+                device=device,
+                dtype=dtype,
+            )  # fmt: skip
             for _ in range(num_layers)
         )
         self._assign(policies, parts)
@@ -208,16 +230,28 @@ class BlockStack(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> Tensor:
-        """The last block's output; arguments as those of `TransformerBlock.forward`."""
+        """The last block's output; arguments as those of `TransformerBlock.forward`.
+
+        Raises:
+            TypeError, ValueError: as `TransformerBlock.forward`, and for a segment of several
+                layers among which one has hooks, is compiled or split over devices.
+        """
+        options: dict[str, Any] = {
+            "position_embeddings": position_embeddings, "attention_mask": attention_mask,
+            "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen,
+        }  # fmt: skip
         blocks = list(self._blocks())
+        called = [_is_called(block) for block in blocks]
+        self._check_called(called)
+        if all(called):
+            for block in blocks:
+                hidden_states = block(hidden_states, **options)
+            return hidden_states
         given = [block.weights() for block in blocks]
         call, inputs = prepare(
             self.spec,
             hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
+            **options,
             training=self.training,
             chunk_size=self.chunk_size,
             impl=self.impl,
@@ -228,9 +262,10 @@ class BlockStack(nn.Module):
             adapters=[adapters for _, adapters in given],
         )
         weights = [
-            check_weights(own, all_parameters(self.spec, adapters), hidden_states, call)
-            for own, adapters in given
-        ]
+            own if by_call
+            else check_weights(own, all_parameters(self.spec, adapters), hidden_states, call)
+            for (own, adapters), by_call in zip(given, called, strict=True)
+        ]  # fmt: skip
         parts = self._segments
         policies = effective_policies(
             [block.policy for block in blocks], any(part != 1 for part in parts)
@@ -243,6 +278,10 @@ class BlockStack(nn.Module):
         first = 0
         for part in [*[1] * frozen, *_without(parts, frozen)]:
             last = first + layers_in(part)
+            if called[first]:
+                hidden_states = blocks[first](hidden_states, **options)
+                first = last
+                continue
             layers: list[Layer] = []
             flat: list[Tensor] = []
             for index in range(first, last):
@@ -257,6 +296,21 @@ class BlockStack(nn.Module):
             hidden_states = run_job(job, inputs._replace(seed=seed), hidden_states, flat)
             first = last
         return hidden_states
+
+    def _check_called(self, called: Sequence[bool]) -> None:
+        """Raise a ValueError if a layer that has to be called shares a segment with others."""
+        first = 0
+        for part in self._segments:
+            last = first + layers_in(part)
+            if last > first + 1 and any(called[first:last]):
+                name = first + called[first:last].index(True)
+                raise ValueError(
+                    f"layers.{name} has hooks (is sharded by itself, perhaps) or is compiled, and "
+                    f"shares the segment of layers {first} to {last - 1}, which reads its layers' "
+                    "weights without calling them. Expected segments of one such layer; or make "
+                    "each segment a BlockStack of its own and shard that"
+                )
+            first = last
 
     def extra_repr(self) -> str:
         """The segments, for `print(model)`."""

@@ -1,17 +1,22 @@
-"""Pretrains a small Llama-style language model on bytes, in one process. A script to start from.
+"""Pretrains a Llama-style language model, in one process or many. A script to start from.
 
     python examples/pretrain.py --policy selective --steps 500 --out runs/first
-    python examples/pretrain.py --policy selective --steps 500 --out runs/first --resume
+    torchrun --nproc-per-node 8 examples/pretrain.py --model llama-3.2-1b --layers 16 --bf16 \\
+        --data shards/ --vocabulary 128256 --seq-len 8192 --batch-size 16 --budget 20GiB \\
+        --tensor-parallel 2 --out runs/second        # and the same with --resume goes on
 
-`--policy` says what the blocks keep for their backward pass; it changes memory and time, and not
-one bit of the result. Ctrl-C finishes the step at hand, saves a checkpoint and exits with 130.
+`--policy` says what the blocks keep for their backward pass, or `--budget` how many bytes; either
+changes memory and time, and not one bit of the result. Every layer is sharded by FSDP2, in one
+process too. Ctrl-C or SIGTERM finishes the step at hand, saves a checkpoint and exits.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -20,32 +25,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from pretrain_data import Tokens, load
+from pretrain_log import Interrupt, Log, check_installed, memory_snapshot, peak_bytes, profiler
+from pretrain_model import Model, Ranks, Shape, clip_gradients, cost_model, flops_per_second
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from backfuse import BlockSpec, BlockStack
-from backfuse.bench.data import VOCABULARY, Corpus, load
-from backfuse.bench.options import (
-    check_device,
-    check_positive,
-    check_seed,
-    default_device,
-    writable_folder,
-)
+from backfuse import block_flops, kept_bytes, plan_on_all_ranks
+from backfuse.bench.options import check_positive, check_seed, writable_folder
+from backfuse.blocks.parallel import local_spec
 
 
 @dataclass(frozen=True)
 class Config:
     """Every field is a flag. The first group defines the run, and a resumed run must repeat it."""
 
+    model: str = ""  # a shape's name, or a config.json; empty for the five sizes below
     hidden_size: int = 256
     intermediate_size: int = 704
     layers: int = 6
     heads: int = 8
     kv_heads: int = 4
-    data: str = ""  # a text file; empty for the Python standard library's source
+    vocabulary: int = 0  # 0 for what the config.json says, or 256 for bytes
+    data: str = ""  # a text, a folder of .bin, hf:NAME; empty for the standard library's source
+    token_dtype: str = "uint16"  # of .bin files without a header
+    document_end: int = -1  # a token that no attention crosses and whose next is not learnt
     seq_len: int = 512
-    batch_size: int = 4
+    batch_size: int = 4  # sequences, of all processes together
     accumulation: int = 2  # batches whose gradients make one step
     steps: int = 500
     warmup: int = 50
@@ -54,16 +62,26 @@ class Config:
     weight_decay: float = 0.1
     clip: float = 1.0  # largest norm of the gradient
     seed: int = 0
-    bf16: bool = False  # autocast
+    bf16: bool = False  # passes and weights' gradients; weights and optimizer stay fp32
 
     policy: str = "selective"
+    budget: str = ""  # bytes kept for backward in each process, as 20GiB; in place of policy
+    tensor_parallel: int = 1  # processes that share each layer
+    compile: bool = False
     device: str = ""  # empty for a GPU if there is one
+    timeout: int = 600  # seconds that a process waits for the others before it gives up
     out: str = "runs/pretrain"
     log_every: int = 10
     validate_every: int = 100
     validation_batches: int = 8
     checkpoint_every: int = 100
+    checkpoints: int = 2  # so many of the last are left
     resume: bool = False
+    any_layout: bool = False  # resume with other processes than before: the bits may differ
+    tensorboard: bool = False
+    wandb: str = ""  # a project's name
+    memory_snapshot: bool = False  # of step 3, on a GPU
+    trace: bool = False  # of steps 2 and 3, by PyTorch's profiler
 
     def defining(self) -> dict[str, Any]:
         """The settings that decide what is learnt."""
@@ -73,7 +91,8 @@ class Config:
     def check(self) -> None:
         """Raises a ValueError for numbers that cannot be trained with."""
         for field in fields(self):
-            if type(field.default) is int and field.name not in ("seed", "warmup"):
+            free = ("seed", "warmup", "vocabulary", "document_end")
+            if type(field.default) is int and field.name not in free:
                 check_positive(field.name, getattr(self, field.name))
         check_seed(self.seed)
         if not isinstance(self.warmup, int) or self.warmup < 0:
@@ -87,45 +106,56 @@ class Config:
             raise ValueError(f"weight_decay is {self.weight_decay}, expected a number from 0 up")
 
 
-class Model(nn.Module):
-    """Embedding, a stack of blocks, norm, head."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        spec = BlockSpec(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-        )
-        self.embedding = nn.Embedding(VOCABULARY, config.hidden_size)
-        self.blocks = BlockStack(spec, config.layers, policy=config.policy)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=spec.norm_eps)
-        self.head = nn.Linear(config.hidden_size, VOCABULARY, bias=False)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        nn.init.normal_(self.head.weight, std=0.02)
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of bytes [B, T], in nats a byte."""
-        logits = self.head(self.norm(self.blocks(self.embedding(inputs))))
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
 class Trainer:
     """All that changes while training, and how to put it away and take it up again."""
 
-    def __init__(self, config: Config, corpus: Corpus, device: str) -> None:
-        self.config, self.corpus, self.device = config, corpus, device
-        torch.manual_seed(config.seed)
-        self.model = Model(config).to(device)
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        others = [p for p in self.model.parameters() if p.ndim < 2]
-        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    def __init__(self, config: Config, tokens: Tokens, ranks: Ranks) -> None:
+        self.config, self.tokens, self.ranks = config, tokens, ranks
+        self.shape = Shape.of(config)
+        self.local_spec = local_spec(self.shape.spec, config.tensor_parallel)
+        self.model = Model.sharded(config, self.shape, tokens.vocabulary, ranks)
+        self.sizes = {"batch_size": config.batch_size // ranks.layout[0], "seq_len": config.seq_len}
+        self.dtype = torch.bfloat16 if config.bf16 else torch.float32
+        if config.budget:
+            actions = ("recompute",) if ranks.device == "cpu" else ("recompute", "offload")
+            made = plan_on_all_ranks(
+                self.local_spec, num_layers=self.shape.layers, budget=config.budget, allow=actions,
+                device=cost_model(ranks.device, self.dtype), dtype=self.dtype, **self.sizes,
+            )  # fmt: skip
+            self.model.blocks.set_policy(made.policies, made.segments)
+        parameters = list(self.model.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2]},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(
-            groups, config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
-        )
-        self.pieces = torch.Generator().manual_seed(config.seed)
+            groups, config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay,
+            fused=True,
+        )  # fmt: skip
+        self.generator = torch.Generator().manual_seed(config.seed)
         self.step = 0
+
+    @property
+    def kept(self) -> int:
+        """Bytes that this process keeps between a batch's forward and backward passes."""
+        total = 0
+        for policy in self.model.blocks.policies:
+            kept = kept_bytes(self.local_spec, policy, dtype=self.dtype, **self.sizes)
+            if (ranks := self.config.tensor_parallel) > 1:  # a part of each half's input
+                whole = self.dtype.itemsize * self.shape.spec.hidden_size
+                tokens = self.sizes["batch_size"] * self.sizes["seq_len"]
+                kept |= dict.fromkeys(("x", "mid"), whole * tokens // ranks)
+            total += sum(kept.values())
+        return total
+
+    @property
+    def step_flops(self) -> float:
+        """Matmul FLOPs of a step, in all processes, without what is rebuilt."""
+        config = self.config
+        sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
+        layer = block_flops(self.shape.spec, "keep", **sizes, device=self.ranks.device)
+        head = 6 * config.batch_size * config.seq_len * self.model.head.weight.numel()
+        return config.accumulation * (self.shape.layers * (layer.forward + layer.backward) + head)
 
     def rate(self) -> float:
         """The learning rate of this step: linear warm-up, then a cosine."""
@@ -136,138 +166,222 @@ class Trainer:
         cosine = 0.5 * (1 + math.cos(math.pi * progress))
         return config.learning_rate * (config.final_rate + (1 - config.final_rate) * cosine)
 
-    def loss(self, split: str, generator: torch.Generator) -> Tensor:
-        """The loss of one batch."""
-        config = self.config
-        batch = self.corpus.batch(split, config.batch_size, config.seq_len, generator, self.device)
-        kind = torch.device(self.device).type
-        with torch.autocast(kind, dtype=torch.bfloat16, enabled=config.bf16):
-            return self.model(*batch)
+    def batch(self, split: str, generator: torch.Generator) -> tuple[dict[str, Any], int]:
+        """This process's share of a batch, and how many tokens are learnt in all of it."""
+        config, mesh = self.config, self.ranks.mesh
+        pieces = self.tokens.pieces(split, config.batch_size, config.seq_len, generator)
+        ends = pieces[:, :-1] == config.document_end
+        count = int((~ends).sum())
+        place = mesh.get_local_rank("data")
+        pieces, ends = (part.chunk(self.ranks.layout[0])[place] for part in (pieces, ends))
+        inputs, labels = pieces[:, :-1], pieces[:, 1:].masked_fill(ends, -100)
+        packing = {}
+        if config.document_end >= 0:  # documents in one row, each seeing itself alone
+            first = nn.functional.pad(ends[:, :-1], (1, 0), value=True).flatten()
+            offsets = torch.cat([first.nonzero().flatten(), torch.tensor([len(first)])]).int()
+            packing = {"cu_seqlens": offsets.to(self.ranks.device), "max_seqlen": config.seq_len}
+            inputs, labels = inputs.reshape(1, -1), labels.reshape(1, -1)
+        # Tensor parallelism has each process hold a part of every sequence.
+        part = mesh.get_local_rank("tensor")
+        tokens, labels = (
+            whole.chunk(config.tensor_parallel, 1)[part].contiguous().to(self.ranks.device)
+            for whole in (inputs, labels)
+        )
+        return {"tokens": tokens, "labels": labels, **packing}, count
 
     def train_step(self) -> tuple[float, float]:
         """One optimizer step. Returns the loss and the norm of the gradient before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
-        total = 0.0
-        for _ in range(self.config.accumulation):
-            loss = self.loss("train", self.pieces) / self.config.accumulation
+        batches = [self.batch("train", self.generator) for _ in range(self.config.accumulation)]
+        count = max(1, sum(count for _, count in batches))
+        total = torch.zeros((), device=self.ranks.device)
+        for batch, _ in batches:
+            loss = self.model(**batch) / count
             loss.backward()
-            total += float(loss.detach())
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+            total += loss.detach()
+        norm = clip_gradients(list(self.model.parameters()), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return total, float(norm)
+        return self.ranks.sum(float(total)), norm
 
     @torch.no_grad()
     def validate(self) -> float:
         """The mean loss of the same pieces of the held-out text, every time."""
         self.model.eval()
         generator = torch.Generator().manual_seed(self.config.seed + 1)
-        count = self.config.validation_batches
-        mean = sum(float(self.loss("validation", generator)) for _ in range(count)) / count
+        total = counted = 0.0
+        for _ in range(self.config.validation_batches):
+            batch, count = self.batch("validation", generator)
+            total += float(self.model(**batch))
+            counted += count
         self.model.train()
-        return mean
+        return self.ranks.sum(total) / max(1, counted)
 
-    def save(self, path: Path) -> None:
-        """Writes a checkpoint; whatever happens meanwhile, `path` is whole: the old or the new.
+    def state(self) -> dict[str, Any]:
+        """All of it, as a checkpoint holds it."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        cuda = self.ranks.device != "cpu"
+        rng = torch.cuda.get_rng_state(self.ranks.device) if cuda else torch.get_rng_state()
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "step": torch.tensor(self.step),
+            "pieces": self.generator.get_state(),
+            f"rng-{dist.get_rank()}": rng,
+        }
+
+    def save(self, folder: Path) -> Path:
+        """Writes a checkpoint beside the others, then drops the oldest.
+
+        Whatever happens meanwhile, the last one is whole: a new one gets its name at the end.
 
         Raises:
-            OSError: if it cannot be written, naming `path`.
+            OSError: if it cannot be written, naming it.
         """
-        state = {
-            "config": self.config.defining(),
-            "text": self.corpus.sha256,
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "pieces": self.pieces.get_state(),
-            "cpu_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        temporary = path.with_name(path.name + ".tmp")
+        path = folder / f"step-{self.step:08d}"
+        temporary = folder / f".{path.name}"
+        run = {
+            "config": self.config.defining(), "data": self.tokens.fingerprint,
+            "layout": self.ranks.layout,
+        }  # fmt: skip
         try:
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:
-            # torch.save raises a RuntimeError of its own on top of the file's error
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):
-                raise
-            raise OSError(f"cannot write {path}: {cause.strerror}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+            if self.ranks.first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            dist.barrier()
+            dcp.save(self.state(), checkpoint_id=temporary)
+            if self.ranks.first:
+                (temporary / "run.json").write_text(json.dumps(run))
+                os.replace(temporary, path)
+                for old in checkpoints(folder)[: -self.config.checkpoints]:
+                    shutil.rmtree(old)
+            dist.barrier()
+        except (OSError, dcp.api.CheckpointException) as error:
+            if self.ranks.first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(f"cannot write {path}: {first_cause(error)}") from error
+        return path
 
     def restore(self, path: Path) -> None:
         """Continues from a checkpoint; raises a ValueError if it belongs to another run."""
-        if not path.exists():
-            raise ValueError(f"resume: there is no checkpoint at {path}")
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            saved, text = state["config"], state["text"]
-        except Exception as error:  # rubbish can make the unpickler raise anything
+            run = json.loads((path / "run.json").read_text())
+            saved, data, layout = run["config"], run["data"], run["layout"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"resume: {path} is not a checkpoint of this script") from error
         mine = self.config.defining()
         differing = [name for name in mine if saved.get(name) != mine[name]]
         changed = [f"{name} {saved.get(name)} -> {mine[name]}" for name in differing]
-        if text != self.corpus.sha256:
+        if data != self.tokens.fingerprint:
             changed.append("the text")
+        if layout != self.ranks.layout and not self.config.any_layout:
+            changed.append(f"layout {layout} -> {self.ranks.layout} (--any-layout allows it)")
         if changed:
             raise ValueError(f"resume: not the run that {path} belongs to: {', '.join(changed)}")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.pieces.set_state(state["pieces"])
-        torch.set_rng_state(state["cpu_rng"])
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        self.step = state["step"]
+        state = self.state()
+        rng = f"rng-{dist.get_rank()}"
+        if layout != self.ranks.layout:
+            del state[rng]
+        try:
+            dcp.load(state, checkpoint_id=path)
+        except dcp.api.CheckpointException as error:
+            raise ValueError(f"resume: {path} is damaged: {first_cause(error)}") from error
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )  # fmt: skip
+        self.generator.set_state(state["pieces"])
+        self.step = int(state["step"])
+        if rng in state and self.ranks.device == "cpu":
+            torch.set_rng_state(state[rng])
+        elif rng in state:
+            torch.cuda.set_rng_state(state[rng], self.ranks.device)
 
 
-class Interrupt:
-    """Notices Ctrl-C, so that a step is never torn. A second one stops at once."""
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole ones, the oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "run.json").exists())
 
-    def __init__(self) -> None:
-        self.asked = False
-        signal.signal(signal.SIGINT, self._ask)
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nfinishing this step, then saving; Ctrl-C again to stop at once", flush=True)
+def first_cause(error: Exception) -> BaseException:
+    """What went wrong in the first process where something did."""
+    failures = list(getattr(error, "failures", {}).values())
+    cause: BaseException = failures[0][0] if failures else error
+    while cause.__context__ is not None:
+        cause = cause.__context__
+    return cause
+
+
+def start(config: Config) -> tuple[Trainer, Ranks]:
+    """Checks everything that can be, meets the other processes, and makes or restores a trainer.
+
+    Raises:
+        ModuleNotFoundError, OSError, ValueError: for what cannot be, naming it.
+    """
+    config.check()
+    shape, out = Shape.of(config), Path(config.out)
+    check_installed(config)
+    ranks = Ranks.start(config)
+    if ranks.first:
+        writable_folder(out)
+    dist.barrier()
+    found = checkpoints(out)
+    if found and not config.resume:
+        raise ValueError(
+            f"out: {found[-1]} exists; continue it with --resume or name another folder"
+        )
+    if config.resume and not found:
+        raise ValueError(f"resume: there is no checkpoint in {out}")
+    tokens = load(config.data, config.seq_len, shape.vocabulary, config.token_dtype)
+    trainer = Trainer(config, tokens, ranks)
+    if config.resume:
+        trainer.restore(found[-1])
+    return trainer, ranks
 
 
 def run(config: Config) -> int:
-    """Trains. Returns the exit code: 0, or 130 after Ctrl-C."""
-    config.check()
-    device = config.device or default_device()
-    check_device(device)
-    writable_folder(Path(config.out))
-    path = Path(config.out) / "checkpoint.pt"
-    if path.exists() and not config.resume:
-        raise ValueError(f"out: {path} exists; continue it with --resume or name another folder")
-    trainer = Trainer(config, load(config.data or None, config.seq_len), device)
-    if config.resume:
-        trainer.restore(path)
+    """Trains. Returns the exit code: 0, or 128 and the signal that ended it."""
+    trainer, ranks = start(config)
+    say = print if ranks.first else (lambda *_, **__: None)
+    out = Path(config.out)
+    log = Log(config, trainer.step) if ranks.first else None
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
-    print(f"{trainer.corpus}\n{size / 1e6:.1f} M parameters, {device}, policy {config.policy}")
-    tokens = config.batch_size * config.seq_len * config.accumulation
-    interrupt = Interrupt()
-    while trainer.step < config.steps and not interrupt.asked:
-        start = time.perf_counter()
-        loss, norm = trainer.train_step()
-        step, last = trainer.step, trainer.step == config.steps
-        if step % config.log_every == 0 or last:
-            speed = tokens / (time.perf_counter() - start)
-            print(f"step {step}: loss {loss:.4f}, norm {norm:.2f}, {speed:,.0f} tokens/s")
-        if step % config.validate_every == 0 or last:
-            print(f"step {step}: validation loss {trainer.validate():.4f}")
-        if step % config.checkpoint_every == 0 or last or interrupt.asked:
-            trainer.save(path)
-            print(f"step {step}: saved {path}", flush=True)
-    return 130 if interrupt.asked and trainer.step < config.steps else 0
+    what = f"budget {config.budget}" if config.budget else f"policy {config.policy}"
+    processes = f"{dist.get_world_size()} x {ranks.device}"
+    say(f"{trainer.tokens}\n{size / 1e6:.1f} M parameters, {processes}, {what}")
+    per_step = config.batch_size * config.seq_len * config.accumulation
+    peak_flops = dist.get_world_size() * flops_per_second(ranks.device, trainer.dtype)
+    interrupt, stop = Interrupt(), False
+    with profiler(config) as trace:
+        while trainer.step < config.steps and not stop:
+            with memory_snapshot(config, trainer.step):
+                begun = time.perf_counter()
+                loss, norm = trainer.train_step()
+                seconds = time.perf_counter() - begun
+            stop = ranks.sum(interrupt.signal != 0) > 0
+            if trace:
+                trace.step()
+            step, last = trainer.step, trainer.step == config.steps
+            speed, mfu = per_step / seconds, trainer.step_flops / seconds / peak_flops
+            logged, validation = step % config.log_every == 0 or last, ""
+            if logged:
+                said = f"step {step}: loss {loss:.4f}, norm {norm:.2f}, {speed:,.0f} tokens/s"
+                say(f"{said}, MFU {mfu:.1%}" if mfu else said)
+            if step % config.validate_every == 0 or last:
+                validation = trainer.validate()
+                say(f"step {step}: validation loss {validation:.4f}")
+            if log and (logged or validation):
+                learning_rate = trainer.optimizer.param_groups[0]["lr"]
+                log.write(
+                    step, loss, norm, learning_rate, speed, mfu or "", trainer.kept,
+                    peak_bytes(ranks.device), validation,
+                )  # fmt: skip
+            if step % config.checkpoint_every == 0 or last or stop:
+                say(f"step {step}: saved {trainer.save(out)}", flush=True)
+    if stop and trainer.step < config.steps:
+        return 128 + (interrupt.signal or signal.SIGTERM)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -279,14 +393,23 @@ def main(argv: list[str] | None = None) -> int:
             parser.add_argument(flag, action="store_true")
         else:
             parser.add_argument(flag, type=type(default), default=default, metavar=repr(default))
+    config = Config(**vars(parser.parse_args(argv)))
     try:
-        return run(Config(**vars(parser.parse_args(argv))))
-    except (ValueError, OSError) as error:
+        return run(config)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"pretrain: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pretrain: stopped; the last checkpoint is whole", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        print(f"pretrain: error: another process is gone: {error}", file=sys.stderr, flush=True)
+        os._exit(3)  # an orderly end would wait for it
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

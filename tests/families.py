@@ -25,6 +25,7 @@ FAMILIES = {
     ),
     "phi3": BlockSpec(
         32, 48, 4, 2, stacked_qkv=True, stacked_gate_up=True, rotary_dim=4, residual_dropout=0.1,
+        activation_dropout=0.2, up_bias=True,
     ),
     "relu2": BlockSpec(
         32, 64, 2, hidden_act="relu2", gated=False, rope="interleaved", causal=False,
@@ -37,20 +38,16 @@ FAMILIES = {
         32, 48, 4, norm="layernorm", norm_position="after_residual", norm_eps=1e-12,
         hidden_act="gelu", gated=False, rope=None, causal=False, qkv_bias=True, o_bias=True,
         up_bias=True, down_bias=True, attention_dropout=0.1, residual_dropout=0.1,
-        residual_multiplier=-1.5,
+        residual_multiplier=-1.5, activation_dropout=0.1,
     ),
     "neox": BlockSpec(
         32, 48, 4, norm="layernorm", parallel_residual=True, hidden_act="gelu", gated=False,
         qkv_bias=True, o_bias=True, up_bias=True, down_bias=True, rotary_dim=4, stacked_qkv=True,
         qkv_per_head=True, residual_dropout=0.1,
     ),
-    "gptj": BlockSpec(
-        32, 48, 4, 2, norm="layernorm", norm_bias=False, norm_position="both",
-        parallel_residual=True, shared_norm=True, rope="interleaved", residual_multiplier=0.7,
-    ),
-    "dinov2": BlockSpec(
-        32, 48, 4, norm="layernorm", hidden_act="gelu", gated=False, rope=None, causal=False,
-        qkv_bias=True, o_bias=True, up_bias=True, down_bias=True, layer_scale=True,
+    "shared-norm-and-layer-scale": BlockSpec(
+        32, 48, 4, 2, norm="layernorm", norm_bias=False, parallel_residual=True, shared_norm=True,
+        rope="interleaved", layer_scale=True, down_bias=True, residual_multiplier=0.7,
         residual_dropout=0.1,
     ),
     "odd-sizes": BlockSpec(30, 45, 3, 1, head_dim=10, qkv_bias=True, residual_multiplier=0.22),

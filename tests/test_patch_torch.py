@@ -119,14 +119,17 @@ def test_a_stack_of_them_keeps_less_and_trains(own):
     assert torch.allclose(ours[~padding], theirs[~padding], atol=1e-5) and not own
 
 
-def test_dropout_of_the_hidden_is_the_layers_own_while_it_drops_out(own):
+def test_dropout_in_training(own):
     layer = make(dropout=0.25)
     x = torch.randn(2, 9, 24, dtype=torch.float64)
     expected = layer.eval()(x)
     report = patch(layer, "full")
-    assert report[0].status == "half" and report[0].policy == NAMED_POLICIES["full"]
+    assert report[0].status == "fused"
     assert_close([layer(x)], [expected])
     layer.train()
+    spec = layer._backfuse.recipe.spec
+    rates = spec.attention_dropout, spec.residual_dropout, spec.activation_dropout
+    assert rates == (0.25, 0.25, 0.25)
     assert not torch.equal(layer(x), layer(x))
     first = step(layer, x)
     patch(layer, "keep")

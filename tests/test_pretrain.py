@@ -1,5 +1,6 @@
 """examples/pretrain.py: learns, resumes bit by bit, and never leaves a broken checkpoint."""
 
+import contextlib
 import errno
 import importlib.util
 import os
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import filesystem, format_utils
 
+TEXT = b"The quick brown fox jumps over the lazy dog. " * 100
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "pretrain.py"
 TINY = {
     "hidden-size": 32,
@@ -30,6 +34,7 @@ TINY = {
 
 
 def load_script():
+    sys.path.insert(0, str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("pretrain_example", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -39,16 +44,21 @@ def load_script():
 
 @pytest.fixture
 def pretrain():
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    path = list(sys.path)
     yield load_script()
-    signal.signal(signal.SIGINT, handler)
+    sys.path[:] = path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     sys.modules.pop("pretrain_example", None)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_bytes(b"The quick brown fox jumps over the lazy dog. " * 100)
+    path.write_bytes(TEXT)
     return path
 
 
@@ -59,13 +69,21 @@ def arguments(text, out, *more, **changes):
 
 
 def read(out):
-    return torch.load(out / "checkpoint.pt", weights_only=True)
+    """What the last checkpoint holds."""
+    *_, last = sorted(path for path in out.glob("step-*") if (path / "run.json").exists())
+    file = out / "whole.pt"
+    format_utils.dcp_to_torch_save(last, file)
+    state = torch.load(file, weights_only=True)
+    file.unlink()
+    return state
 
 
 def assert_same(one, other):
     assert one.keys() == other.keys()
     assert one["step"] == other["step"]
     assert torch.equal(one["pieces"], other["pieces"])
+    assert one["model"].keys() == other["model"].keys()
+    assert one["model"] and one["optimizer"]["state"]
     for name, weight in one["model"].items():
         assert torch.equal(weight, other["model"][name]), name
     for index, state in one["optimizer"]["state"].items():
@@ -73,13 +91,13 @@ def assert_same(one, other):
             assert torch.equal(value, other["optimizer"]["state"][index][name]), (index, name)
 
 
-def interrupt_after(pretrain, monkeypatch, steps):
+def interrupt_after(pretrain, monkeypatch, steps, number=signal.SIGINT):
     train_step = pretrain.Trainer.train_step
 
     def interrupted(trainer):
         result = train_step(trainer)
         if trainer.step == steps:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return result
 
     monkeypatch.setattr(pretrain.Trainer, "train_step", interrupted)
@@ -94,8 +112,15 @@ def test_resumed_run_equals_uninterrupted_one(pretrain, text, tmp_path, monkeypa
     assert "Ctrl-C again" in capsys.readouterr().out
     # Another policy may take over: no policy changes the result.
     again = arguments(text, tmp_path / "parts", "--resume", policy="full")
+    with monkeypatch.context() as patch:
+        interrupt_after(pretrain, patch, 5, signal.SIGTERM)
+        assert pretrain.main(again) == 128 + signal.SIGTERM
     assert pretrain.main(again) == 0
     assert_same(read(tmp_path / "whole"), read(tmp_path / "parts"))
+    assert len(list((tmp_path / "parts").glob("step-*"))) == 2  # the older ones are gone
+    rows = [row.split(",") for row in (tmp_path / "parts" / "log.csv").read_text().splitlines()]
+    assert rows[0][:3] == ["step", "loss", "norm"]
+    assert [row[0] for row in rows[1:]] == ["6"]
 
 
 def test_loss_falls_under_bf16_autocast(pretrain, text, tmp_path, capsys):
@@ -113,39 +138,49 @@ def test_accumulation_is_the_larger_batch(pretrain, text, tmp_path):
         config = pretrain.Config(
             hidden_size=32, intermediate_size=64, layers=1, heads=4, seq_len=16,
             batch_size=batch_size, accumulation=accumulation, data=str(text),
+            out=str(tmp_path), device="cpu",
         )  # fmt: skip
-        trainer = pretrain.Trainer(config, pretrain.load(text, 16), "cpu")
-        losses.append([trainer.train_step() for _ in range(3)])
+        with started(pretrain, config) as trainer:
+            losses.append([trainer.train_step() for _ in range(3)])
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]))
 
 
-def test_schedule(pretrain, text):
+@contextlib.contextmanager
+def started(pretrain, config):
+    yield pretrain.start(config)[0]
+    dist.destroy_process_group()
+
+
+def test_schedule(pretrain, text, tmp_path):
     config = pretrain.Config(
         hidden_size=32, intermediate_size=64, layers=1, heads=4, steps=10, warmup=4,
-        learning_rate=1.0, final_rate=0.1,
+        learning_rate=1.0, final_rate=0.1, data=str(text), out=str(tmp_path), device="cpu",
     )  # fmt: skip
-    trainer = pretrain.Trainer(config, pretrain.load(text, 16), "cpu")
-    rates = []
-    for trainer.step in range(11):
-        rates.append(trainer.rate())
+    with started(pretrain, config) as trainer:
+        rates = []
+        for trainer.step in range(11):
+            rates.append(trainer.rate())
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[10] == pytest.approx(0.1)
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
 KILLED_WHILE_SAVING = """
-import importlib.util, os, signal, sys, torch
+import importlib.util, os, signal, sys
+import torch.distributed.checkpoint as dcp
+from pathlib import Path
+sys.path.insert(0, str(Path(sys.argv[1]).parent))
 spec = importlib.util.spec_from_file_location("pretrain_example", sys.argv[1])
 module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-save = torch.save
-def half(state, file):
-    if state["step"] < 4:
-        return save(state, file)
-    file.write(b"half of a checkpoint")
-    file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-torch.save = half
+save = dcp.save
+def half(state, checkpoint_id):
+    save(state, checkpoint_id=checkpoint_id)
+    if state["step"] >= 4:
+        next(checkpoint_id.glob("*.distcp")).write_bytes(b"half of a checkpoint")
+        (checkpoint_id / ".metadata").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+dcp.save = half
 sys.exit(module.main(sys.argv[2:]))
 """
 
@@ -182,32 +217,28 @@ class Full:
             raise OSError(errno.EFBIG, "File too large")
         return self.file.write(data)
 
-    def flush(self):
-        self.file.flush()
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
 
-@pytest.mark.parametrize("torch_writes", [False, True])
 def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(
-    pretrain, text, tmp_path, capsys, monkeypatch, torch_writes
+    pretrain, text, tmp_path, capsys, monkeypatch
 ):
     out = tmp_path / "out"
     args = arguments(text, out, checkpoint_every=2)
-    save = torch.save
+    create = filesystem.FileSystem.create_stream
 
-    def full(state, file):
-        if state["step"] < 4:
-            save(state, file)
-        elif torch_writes:  # which raises a RuntimeError on top of the file's error
-            save(state, Full(file))
-        else:
-            file.write(b"half of a checkpoint")
-            raise OSError(errno.EFBIG, "File too large")
+    @contextlib.contextmanager
+    def full(self, path, mode):
+        with create(self, path, mode) as stream:
+            fourth = "00000004" in str(path) and "w" in mode
+            yield Full(stream) if fourth else stream
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
+        patch.setattr(filesystem.FileSystem, "create_stream", full)
         message = refused(pretrain, capsys, args)
-    assert message.endswith(f"cannot write {out / 'checkpoint.pt'}: File too large")
-    assert [path.name for path in out.iterdir()] == ["checkpoint.pt"]
+    assert message.endswith(f"cannot write {out / 'step-00000004'}: [Errno 27] File too large")
+    assert sorted(path.name for path in out.iterdir()) == ["log.csv", "step-00000002"]
     assert read(out)["step"] == 2
     assert pretrain.main([*args, "--resume"]) == 0
 
@@ -224,9 +255,14 @@ def test_resume_refuses_what_is_not_its_own(pretrain, text, tmp_path, capsys):
     text.write_bytes(b"other text " * 300)
     other = arguments(text, out, "--resume", steps=1)
     assert "the text" in refused(pretrain, capsys, other)
-    (out / "checkpoint.pt").write_bytes(b"rubbish")
-    rubbish = arguments(text, out, "--resume", steps=1)
-    assert "not a checkpoint" in refused(pretrain, capsys, rubbish)
+    [step] = out.glob("step-*")
+    again = arguments(text, out, "--resume", steps=1)
+    text.write_bytes(TEXT)
+    for file in step.glob("*.distcp"):
+        file.write_bytes(b"rubbish")
+    assert "is damaged" in refused(pretrain, capsys, again)
+    (step / "run.json").write_bytes(b"rubbish")
+    assert "not a checkpoint" in refused(pretrain, capsys, again)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +305,81 @@ def test_bad_settings(pretrain, text, tmp_path, capsys):
     assert "num_key_value_heads is 3" in message(kv_heads=3)
     assert "selective" in message(policy="selectiv")
     assert "device" in message(device="typewriter")
-    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+    assert "batch_size" in message(batch_size=0)
+    assert "model is 'llama-8b', expected" in message(model="llama-8b")
+    assert "gpt2-xl, expected rotary" in message(model="gpt2-xl")
+    assert "token_dtype is 'int8'" in message(token_dtype="int8")
+    assert "vocabulary is 10, expected at least 256" in message(vocabulary=10)
+    assert "tensor_parallel is 2, expected a divisor of the 1 processes" in message(
+        tensor_parallel=2
+    )
+    assert "budget is 1,024 bytes, expected at least" in message(budget="1KiB")
+    assert not list((tmp_path / "out").glob("step-*"))
     occupied = arguments(text, text)
     assert str(text) in refused(pretrain, capsys, occupied)
+
+
+def test_missing_packages_are_named_before_any_work(pretrain, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for flags in (["--tensorboard"], ["--wandb", "project"]):
+        message = refused(pretrain, capsys, arguments(text, tmp_path / "out", *flags))
+        assert f"pip install {flags[0][2:]}" in message
+    if not torch.cuda.is_available():
+        message = refused(pretrain, capsys, arguments(text, tmp_path / "o", "--memory-snapshot"))
+        assert "memory_snapshot is True, expected False" in message
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    message = refused(pretrain, capsys, arguments("hf:some/text", tmp_path / "out"))
+    assert "pip install datasets" in message
+
+
+def test_a_budget_is_met_and_changes_no_bit(pretrain, text, tmp_path, capsys):
+    for policy, name in (("keep", "kept"), ("full", "least")):
+        assert pretrain.main(arguments(text, tmp_path / name, steps=2, policy=policy)) == 0
+    kept, least = (int(last_row(tmp_path / name)["kept_bytes"]) for name in ("kept", "least"))
+    budget = (kept + least) // 2
+    assert pretrain.main(arguments(text, tmp_path / "planned", steps=2, budget=str(budget))) == 0
+    assert int(last_row(tmp_path / "planned")["kept_bytes"]) <= budget < kept
+    assert_same(read(tmp_path / "kept"), read(tmp_path / "planned"))
+
+
+def last_row(out):
+    lines = (out / "log.csv").read_text().splitlines()
+    return dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))
+
+
+def test_a_config_json_says_what_the_model_is(pretrain, text, tmp_path, capsys):
+    from transformers import LlamaConfig, Qwen3Config
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+    Qwen3Config(**sizes, tie_word_embeddings=True).save_pretrained(tmp_path)
+    args = arguments(text, tmp_path / "out", steps=2, model=tmp_path / "config.json")
+    assert pretrain.main(args) == 0
+    model = read(tmp_path / "out")["model"]
+    assert model["embedding.weight"].shape == (300, 32)
+    assert torch.equal(model["embedding.weight"], model["head.weight"])
+    assert "blocks.layers.1.self_attn.q_norm.weight" in model
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    LlamaConfig(**sizes, rope_parameters=scaled).save_pretrained(tmp_path)
+    args = arguments(text, tmp_path / "other", steps=2, model=tmp_path / "config.json")
+    assert "expected rotary embeddings that are not scaled" in refused(pretrain, capsys, args)
+
+
+def test_documents_do_not_see_each_other(pretrain, text, tmp_path):
+    """Packed: the loss is that of each document alone, and what follows one is not learnt."""
+    config = pretrain.Config(
+        hidden_size=32, intermediate_size=64, layers=2, heads=4, seq_len=60, batch_size=2,
+        data=str(text), out=str(tmp_path), device="cpu", document_end=ord("."),
+    )  # fmt: skip
+    with started(pretrain, config) as trainer:
+        batch, count = trainer.batch("train", torch.Generator().manual_seed(3))
+        tokens, labels = batch["tokens"], batch["labels"]
+        assert tokens.shape == (1, 120) and batch["cu_seqlens"][-1] == 120
+        assert (labels[tokens == ord(".")] == -100).all()
+        assert count == int((labels != -100).sum()) < 120
+        whole = trainer.model(**batch)
+        parts = 0.0
+        for start, end in zip(batch["cu_seqlens"], batch["cu_seqlens"][1:], strict=False):
+            assert start in (0, 60) or tokens[0, start - 1] == ord(".")
+            parts += trainer.model(tokens[:, start:end], labels[:, start:end])
+        torch.testing.assert_close(whole, parts)

@@ -105,6 +105,7 @@ def test_an_odd_head_dim_may_rotate_in_part_or_not_at_all():
         ({"norm_eps": -1.0}, "norm_eps is -1.0, expected a positive number"),
         ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping is 0.0"),
         ({"residual_dropout": 1.0}, "residual_dropout is 1.0, expected 0 <= p < 1"),
+        ({"activation_dropout": 1.0}, "activation_dropout is 1.0, expected 0 <= p < 1"),
         ({"attention_dropout": -0.1}, "attention_dropout is -0.1"),
         ({"norm_eps": None}, "norm_eps is None"),
         ({"norm_eps": "a"}, "norm_eps is 'a'"),

@@ -186,3 +186,24 @@ def test_frozen_first_layers_cost_nothing_in_a_segment(segments, policy):
             y.backward(grad)
         costs.append((held, counter.get_total_flops()))
     assert costs[0] == costs[1]
+
+
+def test_layers_with_hooks_are_called():
+    """Hooks run, and the bits stay; with other layers in a segment, a layer cannot be called."""
+    spec = FAMILIES["llama"]
+    stack = make_stack(spec, 3, "lean", (1, 2))
+    x, grad = make_input(spec)
+    expected = results(stack, x, grad)
+    seen = []
+    handle = stack.layers[0].register_forward_hook(lambda *_: seen.append("first"))
+    assert same_bits(results(stack, x, grad), expected)
+    assert seen == ["first"]
+    stack.layers[2].register_full_backward_hook(lambda *_: seen.append("last"))
+    with pytest.raises(ValueError, match=r"layers.2 has hooks .* segment of layers 1 to 2"):
+        stack(x)
+    stack.set_policy("lean")
+    assert same_bits(results(stack, x, grad), expected)
+    assert seen == ["first", "first", "last"]
+    handle.remove()
+    assert same_bits(results(stack, x, grad), expected)
+    assert seen == ["first", "first", "last", "last"]

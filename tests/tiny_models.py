@@ -59,6 +59,8 @@ FUSED = {
     "granite": {**SIZES, "residual_multiplier": 0.3, "attention_multiplier": 0.4},
     "gpt2": GPT2,
     "bert": TEXT_ENCODER,
+    "dinov2": {**ENCODER, "mlp_ratio": 2, "image_size": 32, "patch_size": 8},
+    "roberta": TEXT_ENCODER,
     "vit": {**ENCODER, "image_size": 32, "patch_size": 8},
 }  # fmt: skip
 
@@ -72,7 +74,7 @@ HALF = {
 }  # fmt: skip
 
 #: Families that are no language models.
-ENCODERS = ("bert", "vit")
+ENCODERS = ("bert", "dinov2", "roberta", "vit")
 
 #: Sequences and tokens of a batch.
 BATCH_SIZE, SEQ_LEN = 2, 40
@@ -93,7 +95,7 @@ def make_model(family, dtype=torch.float32, **changes):
 def batch(family, dtype=torch.float32):
     """What the model is called with."""
     generator = torch.Generator().manual_seed(1)
-    if family == "vit":
+    if family in ("dinov2", "vit"):
         return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator).to(dtype)}
     return {"input_ids": torch.randint(3, 64, (BATCH_SIZE, SEQ_LEN), generator=generator)}
 

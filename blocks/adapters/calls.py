@@ -111,7 +111,8 @@ def _says_the_spec(mask: Tensor, spec: BlockSpec) -> bool:
     Eager attention and sliding windows always come with one. All layers are given the same tensor:
     the answer is left on it. On a GPU finding it makes the host wait, once a step.
     """
-    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+    capturing = mask.is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing or torch.compiler.is_compiling():
         return False
     known: dict[object, bool] = vars(mask).setdefault("_backfuse_says", {})
     key = mask._version, spec.causal, spec.sliding_window
@@ -146,7 +147,7 @@ def weights_of(layer: nn.Module, recipe: Recipe) -> tuple[dict[str, Tensor], Ada
             raise OwnForward(f"{path} has a hook, which would not be called")
         if module.training != layer.training:
             spec = recipe.spec
-            if spec.attention_dropout or spec.residual_dropout:
+            if spec.attention_dropout or spec.residual_dropout or spec.activation_dropout:
                 raise OwnForward(f"{path} is in another mode than its layer, which drops out")
     weights: dict[str, Tensor] = {}
     adapters: dict[str, tuple[LoRA, ...]] = {}

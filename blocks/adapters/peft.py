@@ -63,7 +63,8 @@ def unwrap(module: Any) -> Live:
     if module.disable_adapters or module.merged:
         return Live(module.base_layer)
     names = [name for name in module.active_adapters if name in module.lora_A]
-    adapters, tensors = [], []
+    adapters: list[LoRA] = []
+    tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []
     for name in names:
         variant = module.lora_variant.get(name)
         if variant is not None:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backfuse.blocks.spec import BlockSpec
+from backfuse.blocks.spec import LAYER_SCALE, BlockSpec
 from backfuse.kernels.reference.activation import ACTIVATIONS
 from backfuse.kernels.reference.norm import NormSpec
 
@@ -216,26 +216,52 @@ class Reading:
             return [{}]
         return [{}, {"qkv_per_head": True}]
 
+    def _outs(self) -> list[Seen]:
+        """The last projection of each half."""
+        return [self._o, *(group.members[0] for group in self.ffn[-1:])]
+
+    def _scales(self) -> list[Seen]:
+        """Layer scales: modules with one vector that read a half's output, in the halves' order."""
+        found = []
+        for out in self._outs():
+            found += [
+                seen
+                for seen in self.seen.modules
+                if _storage(seen.x) == _storage(out.y)
+                and not is_norm(seen.module)
+                and [p.shape for p in seen.module.parameters()] == [(self.width,)]
+            ]
+        if len(found) not in (0, len(self._outs())):
+            raise NotUnderstood("only one of its halves has a layer scale")
+        return found
+
     def _dropout_fields(self) -> dict[str, Any]:
         """Probabilities; a layer that drops out something else is not understood."""
         scores = set(self.seen.score_dropout) - {0.0}
         halves: dict[int, float] = {}
-        outs = [self._o, *(group.members[0] for group in self.ffn[-1:])]
+        outs = self._outs()
+        hidden: set[float] = set()
         for p, x in self.seen.dropped:
+            if self.ffn and _storage(x) == _storage(self.ffn[1].members[0].x):
+                hidden.add(p)
+                continue
             if tuple(x.shape[-2:]) == (x.shape[-2],) * 2 and x.dim() == 4:
                 scores.add(p)
                 continue
             half = next((i for i, s in enumerate(outs) if _storage(s.y) == _storage(x)), None)
             if half is None:
                 raise NotUnderstood(
-                    f"it drops out (p = {p}) elsewhere than softmax weights and the halves' outputs"
+                    f"it drops out (p = {p}) elsewhere than softmax weights, the FFN's hidden and "
+                    "the halves' outputs"
                 )
             halves[half] = p
-        if len(scores) > 1 or len(set(halves.values())) > 1 or 0 < len(halves) < len(outs):
+        unlike = len(set(halves.values())) > 1 or 0 < len(halves) < len(outs)
+        if unlike or len(scores) > 1 or len(hidden) > 1:
             raise NotUnderstood("its halves drop out with unlike probabilities")
         return {
             "attention_dropout": scores.pop() if scores else 0.0,
             "residual_dropout": next(iter(halves.values()), 0.0),
+            "activation_dropout": hidden.pop() if hidden else 0.0,
         }
 
     def _activation(self) -> tuple[dict[str, Any], list[Seen]]:
@@ -288,7 +314,7 @@ class Reading:
             return
         fields = {
             **self._attention_fields(), **self._norm_fields(), **self._dropout_fields(),
-            "rope": rope, "rope_theta": None,
+            "rope": rope, "rope_theta": None, "layer_scale": bool(self._scales()),
         }  # fmt: skip
         if rotary_dim is not None:
             fields["rotary_dim"] = rotary_dim
@@ -351,4 +377,7 @@ class Reading:
         sinks = [n for n, _ in self.layer.named_parameters() if n.endswith(".sinks")]
         if spec.attention_sinks:
             names["self_attn.sinks"] = sinks[0]
+        for half, seen in zip(LAYER_SCALE, self._scales(), strict=False):
+            [name] = [n for n, _ in seen.module.named_parameters()]
+            names[LAYER_SCALE[half]] = f"{seen.path}.{name}"
         return names

@@ -2,8 +2,7 @@
 
 Their parts have fixed names, and attention is one call that no hook sees into; so they are read
 from those names, and held against their own numbers as any other layer. A decoder layer's cross
-attention stays its own, between the two halves. So does an FFN that drops out its hidden, which a
-block cannot, while it does.
+attention stays its own, between the two halves.
 """
 
 from __future__ import annotations
@@ -82,6 +81,7 @@ def understand_torch(layer: nn.Module, original: type[nn.Module], kind: str) -> 
         qkv_bias=biased, o_bias=heads.out_proj.bias is not None,
         up_bias=copy.linear1.bias is not None, down_bias=copy.linear2.bias is not None,
         stacked_qkv=True, attention_dropout=heads.dropout, residual_dropout=outs[0].p,
+        activation_dropout=copy.dropout.p,
     )  # fmt: skip
     names = _names(spec, last_norm="norm2" if kind == "encoder" else "norm3")
     types = {
@@ -89,8 +89,6 @@ def understand_torch(layer: nn.Module, original: type[nn.Module], kind: str) -> 
         for place in {path.rpartition(".")[0] for path in names.values()}
     }
     rest = ("norm2", "multihead_attn") if kind == "decoder" else None
-    if copy.dropout.p and rest is None:
-        rest = ("norm2", "linear1")
     recipe = Recipe(spec, names, types, (), None, True, None, rest, kind)
     _check(copy, original, recipe)
     return recipe
@@ -227,26 +225,17 @@ def run_torch(
         cross: what its cross attention is given.
     """
     own: Any = layer
-    spec, half = recipe.spec, {n: v for n, v in options.items() if n != "offload_dir"}
-    drops_hidden = own.dropout.p > 0 and layer.training
-    if not drops_hidden and not cross:
-        y = block(x, weights, spec, policy, attention_mask=mask, **options)
+    spec = recipe.spec
+    if cross:
+        half = {name: value for name, value in options.items() if name != "offload_dir"}
+        scores = {name: value for name, value in half.items() if name != "ffn_strategy"}
+        x = attention(x, weights, spec, policy, attention_mask=mask, **scores)
+        inner = _cross(own, own.norm2(x) if own.norm_first else x, cross)
+        x = x + inner if own.norm_first else own.norm2(x + inner)
+        y = ffn(x, weights, spec, policy, **half)
     else:
-        scores = {n: v for n, v in half.items() if n != "ffn_strategy"}
-        y = attention(x, weights, spec, policy, attention_mask=mask, **scores)
-        if cross:
-            y = _around(own, own.norm2, lambda n: _cross(own, n, cross), y)
-        if drops_hidden:
-            y = _around(own, own.norm3 if cross else own.norm2, own._ff_block, y)
-        else:
-            y = ffn(y, weights, spec, policy, **half)
+        y = block(x, weights, spec, policy, attention_mask=mask, **options)
     return y if _batch_first(layer) else y.transpose(0, 1)
-
-
-def _around(layer: Any, norm: nn.Module, inner: Any, x: Tensor) -> Tensor:
-    """A part of the layer's own, with its norm and residual."""
-    result: Tensor = x + inner(norm(x)) if layer.norm_first else norm(x + inner(x))
-    return result
 
 
 def _cross(layer: Any, x: Tensor, cross: dict[str, Any]) -> Tensor:

@@ -7,6 +7,7 @@ activation or a factor that was overlooked moves its output by far more than rou
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -22,6 +23,7 @@ from .recognise import Guess, Reading
 from .stand_in import (
     ANGLES,
     MASK,
+    SEQ_LEN,
     Observation,
     angles,
     forward_arguments,
@@ -133,8 +135,14 @@ def understand(layer: nn.Module, original: type[nn.Module]) -> Recipe:
     Raises:
         NotUnderstood: with the reason.
     """
-    if (kind := torch_kind(original)) is not None:
-        return understand_torch(layer, original, kind)
+    with _plainly():
+        if (kind := torch_kind(original)) is not None:
+            return understand_torch(layer, original, kind)
+        return _understand_hf(layer, original)
+
+
+def _understand_hf(layer: nn.Module, original: type[nn.Module]) -> Recipe:
+    """The recipe of a layer that is called as those of transformers are."""
     used = implementation(layer)
     if used not in IMPLEMENTATIONS:
         raise NotUnderstood(
@@ -144,6 +152,7 @@ def understand(layer: nn.Module, original: type[nn.Module]) -> Recipe:
     others = sorted(needed - {*arguments[:1], MASK, ANGLES})
     if not arguments or others:
         raise NotUnderstood(f"its forward takes {', '.join(others) or 'nothing'}")
+    _check_own_reach(layer)
     width = residual_width(layer)
     copy = stand_in(layer, original)
     causal = any(getattr(module, "is_causal", False) for module in copy.modules())
@@ -158,9 +167,47 @@ def understand(layer: nn.Module, original: type[nn.Module]) -> Recipe:
                     ours = _run_guess(copy, guess, x, position, mask)
                 if not agrees(ours, output, x):
                     continue
+                _check_positions(copy, original, output, x, position, mask)
                 unmasked = mask is None or _unmasked(copy, guess, x, position)
                 return _recipe(layer, guess, arguments, extra, unmasked)
     raise NotUnderstood("what was made of its parts gives other numbers than it does")
+
+
+def _check_positions(
+    layer: nn.Module, original: type[nn.Module], output: Tensor, x: Tensor, position: Any, mask: Any
+) -> None:
+    """Raise if positions enter in another way too: a scale that grows with them, say."""
+    given = {name: value for name, value in ((ANGLES, position), (MASK, mask)) if value is not None}
+    arguments, _ = forward_arguments(original)
+    late = {"position_ids": (torch.arange(SEQ_LEN) + 10**6).expand(len(x), -1)}
+    late["cache_position"] = late["position_ids"][0]
+    told = {name: value for name, value in late.items() if name in arguments}
+    if told and not agrees(only_output(run(layer, x, **given, **told).output)[0], output, x):
+        raise NotUnderstood(f"what it computes depends on {', '.join(told)}")
+
+
+def _check_own_reach(layer: nn.Module) -> None:
+    """Raise if a layer may hide tokens by itself, which no short input would show."""
+    for name, buffer in layer.named_buffers():
+        if buffer.dim() > 1:
+            raise NotUnderstood(f"it holds {name} {list(buffer.shape)}, a mask of its own perhaps")
+    for path, module in layer.named_modules():
+        for name, value in vars(module).items():
+            known = name == "sliding_window" or "pattern" in name
+            if "window" in name and not known and isinstance(value, int) and value:
+                raise NotUnderstood(f"it has {path}.{name} = {value}, a window of its own perhaps")
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Without what the caller set for all of PyTorch: device, dtype, autocast."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _unmasked(layer: nn.Module, guess: Guess, x: Tensor, position: Any) -> bool:

@@ -52,10 +52,12 @@ class BudgetError(ValueError):
     def __init__(
         self, name: str, budget: int, least: int, what: str = "no mix of policies"
     ) -> None:
-        super().__init__(
-            f"{name} is {budget:,} bytes, expected at least {least:,}: {what} gets by with less"
-        )
+        super().__init__(name, budget, least, what)  # as given, so that it can be pickled
         self.least = least
+
+    def __str__(self) -> str:
+        name, budget, least, what = self.args
+        return f"{name} is {budget:,} bytes, expected at least {least:,}: {what} gets by with less"
 
 
 class Limits(NamedTuple):

@@ -7,9 +7,12 @@ from backfuse.blocks.flash_attention import flash_attention
 from backfuse.blocks.flops import Flops, block_flops
 from backfuse.blocks.function import attention, ffn
 from backfuse.blocks.lora import LoRA, adapter_parameters
+from backfuse.blocks.loss import linear_cross_entropy
 from backfuse.blocks.memory import host_bytes, kept_bytes
 from backfuse.blocks.ops import SAVE_OPS
+from backfuse.blocks.parallel import parallelize
 from backfuse.blocks.planner.plan import Plan, apply, plan
+from backfuse.blocks.planner.ranks import plan_on_all_ranks
 from backfuse.blocks.policy import NAMED_POLICIES, Policy
 from backfuse.blocks.spec import BlockSpec
 from backfuse.blocks.stack import BlockStack
@@ -37,8 +40,11 @@ __all__ = [
     "flash_attention",
     "host_bytes",
     "kept_bytes",
+    "linear_cross_entropy",
+    "parallelize",
     "patch",
     "plan",
+    "plan_on_all_ranks",
     "rope_cos_sin",
     "unpatch",
 ]

@@ -1,0 +1,61 @@
+"""One plan for all processes: made by the first from the least of their budgets, and sent round.
+
+Ranks whose plans differ would wait for each other in every layer, so nobody plans alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from backfuse.blocks.spec import BlockSpec
+
+from .byte_sizes import parse_bytes
+from .optimal import Limits
+from .plan import Plan, plan
+
+
+def plan_on_all_ranks(
+    spec: BlockSpec, *, group: dist.ProcessGroup | None = None, **options: Any
+) -> Plan:
+    """The same plan on every rank of a group: each of them has to call it.
+
+    A budget may differ between ranks: the least counts, and None counts for nothing. Everything
+    else is taken from the group's first rank.
+
+    Args:
+        spec: each layer.
+        group: which ranks; None: all. Without a process group it is `plan` itself.
+        options: see `plan`.
+
+    Raises:
+        Exception: whatever `plan` raises on the first rank, and a wrong budget of any rank, on all
+            of them: none is left waiting.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return plan(spec, **options)
+    mine: Any
+    try:
+        given = {name: options.pop(name, None) for name in Limits._fields}
+        mine = {n: None if v is None else parse_bytes(n, v) for n, v in given.items()}
+    except (TypeError, ValueError) as error:
+        mine = error
+    everyones: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyones, mine, group)
+    for rank, budgets in enumerate(everyones):
+        if isinstance(budgets, Exception):
+            raise type(budgets)(f"rank {rank}: {budgets}")
+    for name in Limits._fields:
+        values = [budgets[name] for budgets in everyones if budgets[name] is not None]
+        options[name] = min(values, default=None)
+    made: list[Any] = [None]
+    if dist.get_rank(group) == 0:
+        try:
+            made = [plan(spec, **options)]
+        except Exception as error:
+            made = [error]
+    dist.broadcast_object_list(made, group=group, group_src=0)
+    if isinstance(made[0], Exception):
+        raise made[0]
+    return made[0]

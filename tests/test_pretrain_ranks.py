@@ -1,0 +1,167 @@
+"""examples/pretrain.py in several processes: one process's losses, the same bits after a resume."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_pretrain import SCRIPT, TEXT, arguments, assert_same, read
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
+]
+
+#: Seconds that a run may take before it counts as hanging.
+LIMIT = 150
+
+OPTIONS = {"checkpoint_every": 3, "log_every": 1, "kv_heads": 4, "timeout": 60}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes(TEXT)
+    return path
+
+
+def start(ranks, args, driver=(str(SCRIPT),)):
+    """One process a rank, without torchrun, which would end the others itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world |= {"OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *driver, *args],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        for rank in range(ranks)
+    ]
+
+
+def finish(processes):
+    """Exit codes, and what each rank said on standard error."""
+    try:
+        said = [process.communicate(timeout=LIMIT)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], said
+
+
+def train(ranks, args):
+    codes, said = finish(start(ranks, args))
+    assert not any(codes), said
+
+
+def column(out, name):
+    with open(out / "log.csv", newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+@pytest.fixture(scope="module")
+def main():
+    """The script's, in this process."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in numbers]
+    sys.path.insert(0, str(SCRIPT.parent))
+    import pretrain
+
+    yield pretrain.main
+    sys.path.remove(str(SCRIPT.parent))
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def alone(main, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "out"
+    assert main(arguments(text, out, **OPTIONS)) == 0
+    return out
+
+
+def assert_like(out, alone):
+    for name in ("loss", "norm", "validation_loss"):
+        assert column(out, name) == pytest.approx(column(alone, name), rel=2e-5)
+
+
+def test_two_processes_and_a_resume(main, text, alone, tmp_path, capsys):
+    out = tmp_path / "out"
+    args = arguments(text, out, **OPTIONS)
+    train(2, args)
+    assert_like(out, alone)
+    assert column(out, "kept_bytes")[0] == column(alone, "kept_bytes")[0] / 2
+    whole, half = read(out), tmp_path / "half"
+    half.mkdir()
+    shutil.copytree(out / "step-00000003", half / "step-00000003")
+    train(2, [*arguments(text, half, **OPTIONS), "--resume"])
+    assert_same(whole, read(half))
+    # One process refuses to go on from there, unless it is told to.
+    shutil.rmtree(half / "step-00000006")
+    args = [*arguments(text, half, **OPTIONS), "--resume"]
+    assert main(args) == 2
+    assert "layout [2, 1] -> [1, 1] (--any-layout allows it)" in capsys.readouterr().err
+    assert main([*args, "--any-layout"]) == 0
+    assert json.loads((half / "step-00000006" / "run.json").read_text())["layout"] == [1, 1]
+    for name, weight in read(half)["model"].items():
+        torch.testing.assert_close(weight, whole["model"][name], rtol=1e-4, atol=1e-5)
+
+
+def test_tensor_parallel(text, alone, tmp_path):
+    train(4, arguments(text, tmp_path / "out", tensor_parallel=2, **OPTIONS))
+    assert_like(tmp_path / "out", alone)
+
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+script = sys.argv.pop(1)
+sys.path.insert(0, str(Path(script).parent))
+import pretrain
+train_step = pretrain.Trainer.train_step
+def dies(trainer):
+    if trainer.step == 4 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_step(trainer)
+pretrain.Trainer.train_step = dies
+sys.exit(pretrain.main(sys.argv[1:]))
+"""
+
+
+def test_a_rank_that_dies_stops_the_other_with_a_message(text, tmp_path):
+    out = tmp_path / "out"
+    driver = ("-c", DYING, str(SCRIPT))
+    codes, said = finish(start(2, arguments(text, out, **OPTIONS), driver))
+    assert codes == [3, -signal.SIGKILL], said
+    assert "pretrain: error: another process is gone" in said[0]
+    assert read(out)["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 3}, "batch_size is 3, expected a multiple of 2"),
+        ({"tensor_parallel": 2, "kv_heads": 1}, "num_key_value_heads is 1, expected a multiple"),
+        ({"tensor_parallel": 2, "seq_len": 33}, "seq_len is 33, expected a multiple of 2"),
+        ({"tensor_parallel": 3}, "tensor_parallel is 3, expected a divisor of the 2 processes"),
+    ],
+)
+def test_worlds_that_do_not_divide(main, text, tmp_path, monkeypatch, change, message, capsys):
+    """Refused by every rank alone, before it waits for the others."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = arguments(text, tmp_path / "out", **{**OPTIONS, **change})
+    assert main(args) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
