@@ -76,6 +76,31 @@ def _up_cases(t: Operands) -> Iterator[Case]:
     for stacked in t.layouts:
         for wanted in ((True, False), (True, True), (False, True)):
             yield from _configured("ffn_up", t, partial(case, stacked, *wanted))
+        yield _adapted_up(t, stacked, work, library)
+
+
+#: Rank of the adapters in the cases that have some.
+RANK = 16
+
+
+def _products(t: Operands, stacked: bool) -> Callable[[Cast], list[tuple[Any, Any]]]:
+    """What adapters of the first projections add, for `ffn_up`."""
+    left, right = t.make(t.M, RANK), t.make(t.spec.preact_size, RANK, scale=RANK**-0.5)
+    parts = right.split(t.spec.preact_size if stacked else t.spec.intermediate_size)
+    return lambda cast: [(cast(left), cast(part)) for part in parts]
+
+
+def _adapted_up(t: Operands, stacked: bool, work: float, library: Case) -> Case:
+    """The forward kernel with adapters, in its default configuration."""
+    products = _products(t, stacked)
+
+    def run(ops: Any, cast: Cast, out: Outputs) -> Any:
+        return ops.ffn_up(*t.up(stacked, cast), preact=out["preact"], products=products(cast))
+
+    return t.case(
+        "ffn_up", "adapters" + ", stacked" * stacked, run, ffn_up, {"preact": t.dpreact},
+        work=work, baseline=library, terms=t.spec.hidden_size + RANK,
+    )  # fmt: skip
 
 
 def _has_fp8(t: Operands) -> bool:
@@ -143,6 +168,27 @@ def _dact_cases(t: Operands) -> Iterator[Case]:
         split = rebuilt("split", stacked, None, None)
         yield split
         yield from _configured("ffn_recompute", t, partial(rebuilt, "fused", stacked, split))
+        for strategy in ("split", "fused"):
+            yield _adapted_rebuild(t, stacked, strategy, work, both)
+
+
+def _adapted_rebuild(t: Operands, stacked: bool, strategy: str, work: float, library: Case) -> Case:
+    """The backward kernels with adapters on all projections, in their default configurations."""
+    products = _products(t, stacked)
+    left, right = t.make(t.M, RANK), t.make(RANK, t.spec.intermediate_size, scale=RANK**-0.5)
+
+    def run(ops: Any, cast: Cast, out: Outputs, **options: Any) -> Any:
+        return ops.ffn_recompute_dact(
+            *t.up(stacked, cast), cast(t.dy), cast(t.down), out["dpreact"],
+            need_dbias=t.spec.up_bias, products=products(cast),
+            product=(cast(left), cast(right)), **options,
+        )  # fmt: skip
+
+    return t.case(
+        "ffn_recompute", f"{strategy}, adapters" + ", stacked" * stacked, run, ffn_recompute,
+        {"dpreact": t.dpreact}, work=work, baseline=library, terms=t.spec.hidden_size + RANK,
+        strategy=strategy,
+    )  # fmt: skip
 
 
 def _weight_cases(t: Operands) -> Iterator[Case]:

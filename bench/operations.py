@@ -1,13 +1,14 @@
 """The problems: what each operation computes, on which inputs, in plain PyTorch.
 
-    norm            [tokens, h] to the same
-    rope            qk-norm, where the block has it, and RoPE: the projections' output to q and k
-    ffn             the FFN half, x + mlp(norm(x))
-    attention       the attention core, softmax(q kᵀ) v
-    attention-half  x + self_attn(norm(x))
-    block           a transformer block
-    stack           several of them
-    train           a training step of a small language model around a stack: loss, gradients, AdamW
+norm            [tokens, h] to the same
+rope            qk-norm, where the block has it, and RoPE: the projections' output to q and k
+ffn             the FFN half, x + mlp(norm(x))
+attention       the attention core, softmax(q kᵀ) v
+attention-half  x + self_attn(norm(x))
+block           a transformer block
+stack           several of them
+train           a training step of a small language model around a stack: loss, gradients, AdamW
+model, lora     a whole Hugging Face model: see `hf_model.py`
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import hf_model
 from .model import ByteModel
 from .plain import (
     PlainAttentionHalf,
@@ -208,4 +210,6 @@ PROBLEMS: dict[str, Callable[[Case], Problem]] = {
     "block": stack,
     "stack": stack,
     "train": train,
+    "model": hf_model.problem,
+    "lora": hf_model.lora,
 }

@@ -3,7 +3,8 @@
 Kernels and GEMMs are replaced by functions that do nothing; what is left is the launch path:
 checks, plans, allocations, autograd. On a GPU that runs beside the kernels, unless they are
 shorter. For comparison, an autograd function that only saves and returns tensors, as many as the
-FFN half's.
+FFN half's; and one that makes the FFN half's tensors as well (`selective`, fused: scratch, outputs,
+gradients), and does nothing to them. No launch path in Python can take less than that.
 """
 
 from __future__ import annotations
@@ -100,6 +101,30 @@ class _Empty(torch.autograd.Function):
         return ctx.saved_tensors
 
 
+class _Tensors(torch.autograd.Function):
+    """Makes the tensors of the FFN half's passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        tokens = len(x)
+        normed, z = torch.empty_like(x), torch.empty_like(x)
+        hidden = x.new_empty(tokens, SPEC.intermediate_size)
+        statistics = x.new_empty(1, tokens, dtype=torch.float32)
+        ctx.save_for_backward(x, statistics, *weights)
+        del normed, hidden
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, ...]:
+        x, _, *weights = ctx.saved_tensors
+        dpreact = x.new_empty(len(x), SPEC.preact_size)
+        hidden = x.new_empty(len(x), SPEC.intermediate_size)
+        normed, dnormed, dx = (torch.empty_like(x) for _ in range(3))
+        rows = x.new_empty(1, SPEC.hidden_size, dtype=torch.float32)
+        del dpreact, hidden, normed, dnormed, rows
+        return dx, *(torch.empty_like(weight) for weight in weights)
+
+
 def passes(device: torch.device) -> tuple[dict[str, Pass], list[Tensor]]:
     """The forward passes by name, and what they compute gradients of."""
     policies = ("keep", "selective", "full")
@@ -114,8 +139,8 @@ def passes(device: torch.device) -> tuple[dict[str, Pass], list[Tensor]]:
     x.requires_grad_()
     saved = [weights[name] for name in SPEC.ffn_parameters()]
 
-    def empty() -> Tensor:
-        return _Empty.apply(x.flatten(0, 1), *saved).view(x.shape)
+    def alone(function: type[_Empty | _Tensors]) -> Pass:
+        return lambda: function.apply(x.flatten(0, 1), *saved).view(x.shape)
 
     def of_ffn(policy: str) -> Pass:
         return lambda: ffn(x, weights, SPEC, policy, impl="triton", ffn_strategy="fused")
@@ -126,7 +151,7 @@ def passes(device: torch.device) -> tuple[dict[str, Pass], list[Tensor]]:
     def of_block(policy: str) -> Pass:
         return lambda: blocks[policy](x)
 
-    calls = {"empty function": empty}
+    calls = {"empty function": alone(_Empty), "tensors of ffn": alone(_Tensors)}
     for policy in policies:
         calls[f"ffn {policy}"] = of_ffn(policy)
     for policy in policies:

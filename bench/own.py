@@ -174,6 +174,15 @@ def stack(problem: Problem, policy: str) -> Contender:
     return _contender(problem, partial(mine, position_embeddings=rotary), policy)
 
 
+def compiled_stack(problem: Problem, policy: str) -> Contender:
+    """The same, through torch.compile as one graph."""
+    mine = _stack(problem.case, problem.module.layers, policy)
+    graph = torch.compile(mine, fullgraph=True, dynamic=False)
+    run = partial(graph, position_embeddings=rotary_of(problem.module))
+    contender = _contender(problem, run, policy)
+    return replace(contender, provider=f"{contender.provider}-compile")
+
+
 def train(problem: Problem, policy: str) -> Contender:
     """The same inside the model."""
     model = problem.module

@@ -142,8 +142,10 @@ class Problem:
         """Of the GEMMs of a step that recomputes nothing; causal attention counts at half."""
         tables = {id(m.weight) for m in self.module.modules() if isinstance(m, nn.Embedding)}
         matrices = [p for p in self.module.parameters() if p.ndim == 2 and id(p) not in tables]
-        linear = 2.0 * self.case.tokens * sum(p.numel() for p in matrices)
-        forward, backward = linear + self.attention, 2 * linear + 2.5 * self.attention
+        passes = 2.0 * self.case.tokens
+        linear = passes * sum(p.numel() for p in matrices)
+        weights = passes * sum(p.numel() for p in matrices if p.requires_grad)
+        forward, backward = linear + self.attention, linear + weights + 2.5 * self.attention
         return {"fwd": forward, "bwd": backward, "both": forward + backward}[mode]
 
     def bytes_moved(self, mode: str) -> float:

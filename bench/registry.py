@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import pandas as pd
 
-from . import operations, own, peers
+from . import hf_model, operations, own, peers
 from .options import choose, compiler_missing
 from .problem import Case, Contender, Problem, plain
 from .shapes import ALL_SHAPES
@@ -109,16 +110,12 @@ for _name, _recompute in {"quack": False, "quack-recompute": True}.items():
         partial(peers.quack_mlp, recompute=_recompute), obstacle=peers.needs_quack_ffn
     )
 for _name, _recompute in {"te": False, "te-checkpoint": True}.items():
-    _FFNS[_name] = _te(
-        partial(peers.te_half, recompute=_recompute), obstacle=peers.needs_llama_ffn
-    )
+    _FFNS[_name] = _te(partial(peers.te_half, recompute=_recompute), obstacle=peers.needs_llama_ffn)
 _FFNS |= _ours(own.ffn, ("keep", "selective"))
 _FFNS["backfuse-fused"] = Provider(
     own.fused_ffn, ("selective",), obstacle=own.needs_kernels, keeps_all=False
 )
-_FFNS = {
-    name: replace(how, make=operations.each_half(how.make)) for name, how in _FFNS.items()
-}
+_FFNS = {name: replace(how, make=operations.each_half(how.make)) for name, how in _FFNS.items()}
 _CORES = {
     f"sdpa-{backend.lower().removesuffix('_attention')}": Provider(
         partial(peers.sdpa_backend, backend=backend), obstacle=peers.needs_gpu
@@ -129,6 +126,29 @@ _CORES["flex"] = Provider(peers.flex, obstacle=peers.needs_gpu)  # no backward o
 _CORES["flash-attn"] = Provider(
     peers.flash_attention, package="flash-attn", module="flash_attn", obstacle=peers.needs_half
 )
+
+_COMPILED = {
+    "backfuse-compile": Provider(
+        own.compiled_stack, ("selective", "full"), obstacle=compiler_missing, keeps_all=False
+    )
+}
+
+def _of_model(
+    summary: str, problem: Callable[[Case], Problem], package: str = "transformers"
+) -> Operation:
+    """A whole model: its own checkpointing, the compiler's, and ours."""
+    needs: dict[str, Any] = {
+        "package": package,
+        "module": package,
+        "obstacle": hf_model.needs_llama,
+    }
+    providers = {
+        **{name: replace(_way(name), **needs) for name in ("eager", "compile")},
+        "hf-checkpointing": Provider(hf_model.checkpointing, keeps_all=False, **needs),
+        "backfuse": Provider(hf_model.patched, own.POLICIES, keeps_all=False, **needs),
+    }
+    return Operation(summary, problem, providers)
+
 
 #: Name -> operation.
 OPERATIONS: dict[str, Operation] = {
@@ -172,7 +192,7 @@ OPERATIONS: dict[str, Operation] = {
     "stack": Operation(
         "a stack of blocks",
         operations.stack,
-        {**_ways(*WAYS), **_ours(own.stack, own.POLICIES)},
+        {**_ways(*WAYS), **_ours(own.stack, own.POLICIES), **_COMPILED},
     ),
     "train": Operation(
         "a training step with AdamW of a small model around a stack",
@@ -181,6 +201,10 @@ OPERATIONS: dict[str, Operation] = {
             **_ways("eager", "checkpoint", "sac-attention", "compile", "compile-0.5"),
             **_ours(own.train, own.POLICIES),
         },
+    ),
+    "model": _of_model("a whole Hugging Face model: loss and gradients", hf_model.problem),
+    "lora": _of_model(
+        "the same with LoRA on all projections, the rest frozen", hf_model.lora, "peft"
     ),
 }
 

@@ -42,6 +42,9 @@ from .registry import OPERATIONS, Provider, choose_providers
 from .rows import Table, case_columns, device_name, empty_row, measured_row
 from .shapes import ALL_SHAPES
 
+#: Operations of several blocks, where the user says so.
+SEVERAL = ("ffn", "stack", "train", "model", "lora")
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -88,7 +91,7 @@ class Setup:
             check_positive(name, getattr(self, name))
         if self.layers is not None:
             check_positive("layers", self.layers)
-            if self.layers > 1 and self.op not in ("ffn", "stack", "train"):
+            if self.layers > 1 and self.op not in SEVERAL:
                 raise ValueError(f"layers is {self.layers}, but {self.op} is always one")
         for name, values, known in (
             ("shape", self.shape, ALL_SHAPES), ("dtype", self.dtype, DTYPES),
@@ -109,8 +112,8 @@ class Setup:
 
     def cases(self) -> Iterator[Case]:
         """Shapes, dtypes and numbers of tokens, each with each."""
-        several = {"stack": 4 if self.cuda else 8, "train": 4 if self.cuda else 8}
-        layers = self.layers or several.get(self.op, 1)
+        several = self.op in SEVERAL and self.op != "ffn"
+        layers = self.layers or ((4 if self.cuda else 8) if several else 1)
         tokens = parse_tokens(self.tokens or ("8k" if self.cuda else "2k"))
         for shape in self.shape or ("llama-3-8b" if self.cuda else "small-512",):
             spec = ALL_SHAPES[shape]
@@ -356,9 +359,7 @@ class Bench:
             print(f"  {contender.name} is WRONG: {contender.note}", flush=True)
             self.failed |= contender.provider.startswith("backfuse")
 
-    def _time(
-        self, step: Step, done: list[Contender], ceilings: Ceilings, bar: Any
-    ) -> None:
+    def _time(self, step: Step, done: list[Contender], ceilings: Ceilings, bar: Any) -> None:
         named = {contender.name: contender for contender in done}
         for index, name in measure.interleaved([*ceilings.rates, *named], self.setup.rounds):
             if time.monotonic() > self.deadline and index:
@@ -389,9 +390,7 @@ class Bench:
             profiler.export_chrome_trace(str(self.outputs.trace / f"{name}.json"))
             step.clear(contender)
 
-    def _write(
-        self, problem: Problem, done: list[Contender], ceilings: Ceilings | None
-    ) -> None:
+    def _write(self, problem: Problem, done: list[Contender], ceilings: Ceilings | None) -> None:
         """Rows of all that was timed."""
         eager = next((c for c in done if c.provider == "eager"), None)
         rates = ceilings.rates if ceilings else {}

@@ -62,6 +62,7 @@ class Flags:
         preact: how the pre-activation is kept: `"kept"`, `"e4m3"` or `"dropped"`.
         hidden: the activated hidden is written.
         bias: the first projections have biases.
+        lora: adapters add products of low rank to what is projected.
         accumulate: the weight gradient is added to what is there.
         dtype: of the operands.
     """
@@ -74,6 +75,7 @@ class Flags:
     preact: str = "kept"
     hidden: bool = True
     bias: bool = False
+    lora: bool = False
     accumulate: bool = True
     dtype: str = "bf16"
 
@@ -89,6 +91,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "dropped": {"preact": "dropped"},
         "e4m3": {"preact": "e4m3"},
         "rebuild": {"hidden": False},
+        "lora": {"lora": True},
+        "separate+lora": {"stacked": False, "lora": True},
+        "plain+lora": {"gated": False, "lora": True},
+        "unaligned+lora": {"descriptors": False, "aligned": False, "lora": True},
         "pointers": {"descriptors": False},
         "unaligned": {"descriptors": False, "aligned": False},
         "fp16": {"dtype": "fp16"},
@@ -97,6 +103,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "ffn_dact": {
         "plain": {"gated": False},
         "gelu": {"kind": "gelu"},
+        "lora": {"lora": True},
+        "plain+lora": {"gated": False, "lora": True},
         "e4m3": {"preact": "e4m3"},
         "pointers": {"descriptors": False},
         "unaligned": {"descriptors": False, "aligned": False},
@@ -108,6 +116,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "separate": {"stacked": False},
         "gelu": {"kind": "gelu"},
         "bias": {"bias": True},
+        "lora": {"lora": True},
+        "separate+lora": {"stacked": False, "lora": True},
         "pointers": {"descriptors": False},
         "unaligned": {"descriptors": False, "aligned": False},
         "fp16": {"dtype": "fp16"},
@@ -121,6 +131,16 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "fp32": {"dtype": "fp32"},
     },
 }
+
+
+def _products(args: Arguments, flags: Flags, matrices: str, numbers: str) -> None:
+    """What adapters add: there all together, or not at all."""
+    for name in matrices.split():
+        args.pointer(name, flags.dtype, flags.lora)
+    if flags.lora:
+        args.scalars(numbers)
+    else:
+        args.constexprs |= dict.fromkeys(numbers.split())
 
 
 def _gemm(kernel: str, architecture: str, variant: str, config: Config, flags: Flags) -> Case:
@@ -147,7 +167,7 @@ def _gemm(kernel: str, architecture: str, variant: str, config: Config, flags: F
         args.scalars("stride_hm")
         args.constexprs |= {
             "KIND": flags.kind, "GATED": flags.gated, "STORE_HIDDEN": flags.hidden,
-            "DTYPE": dtype, "EVEN_K": flags.aligned,
+            "DTYPE": dtype, "EVEN_K": flags.aligned, "BLOCK_R": 64 if flags.lora else None,
         }  # fmt: skip
     if kernel in ("ffn_up", "ffn_recompute"):
         block = (2, n, k) if packed else (n, k)
@@ -156,6 +176,7 @@ def _gemm(kernel: str, architecture: str, variant: str, config: Config, flags: F
             args.matrix(f"w_{name}", dtype, desc, *block)
             args.pointer(f"b_{name}", dtype, flags.bias)
         args.scalars("stride_xm stride_gn stride_un")
+        _products(args, flags, "t_gate v_gate t_up v_up", "R_gate R_up stride_tm")
         args.constexprs |= {"PACKED": packed, "HAS_BIAS": flags.bias}
         if packed:
             dots = (Dot(m, 2 * n),)
@@ -166,6 +187,8 @@ def _gemm(kernel: str, architecture: str, variant: str, config: Config, flags: F
         args.matrix("down", dtype, desc, k, n)
         args.pointer("dpreact", dtype)
         args.scalars("stride_ym stride_wk stride_dm")
+        rank = "R" if kernel == "ffn_dact" else "R_down"
+        _products(args, flags, "u a", f"{rank} stride_ua")
     if kernel == "ffn_recompute":
         dots += (Dot(m, n),)
     if kernel in ("ffn_up", "ffn_dact"):

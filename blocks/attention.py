@@ -14,9 +14,9 @@ both run the same lines: that is why a rebuilt activation has the bits of the fi
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from functools import cached_property
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from backfuse.kernels.reference.norm import accumulate_dtype
@@ -24,6 +24,7 @@ from backfuse.kernels.reference.rope import rope_cos_sin
 
 from .call import Branch, Call, Inputs, NormUse, Projections, WeightGrads, Weights
 from .keep import Needs
+from .lora import Adapters
 
 Heads = tuple[Tensor, Tensor, Tensor]
 
@@ -38,6 +39,7 @@ class AttentionHalf:
         x: `[tokens, h]`, the half's input; None where nothing reads it again.
         kept: what an earlier pass kept, by name (see `keep.py`); only read.
         keep: names that this pass is to leave in `values`.
+        adapters: the block's.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class AttentionHalf:
         x: Tensor | None,
         kept: Mapping[str, Tensor],
         keep: Set[str] = frozenset(),
+        adapters: Adapters = (),
     ) -> None:
         self.call = call
         self.spec = spec = call.spec
@@ -58,9 +61,10 @@ class AttentionHalf:
             self.values["x"] = x
         self.keep = keep
         names = ["qkv"] if spec.stacked_qkv else ["q", "k", "v"]
-        self.qkv = Projections([f"self_attn.{name}_proj" for name in names], weights)
+        names = [f"self_attn.{name}_proj" for name in names]
+        self.qkv = Projections(call, names, weights, adapters, inputs.seed)
         self.norm = NormUse(call, weights, "attn_norm", kept) if spec.pre_norm else None
-        self.branch = Branch(call, weights, "attn", inputs.seed, kept)
+        self.branch = Branch(call, weights, "attn", adapters, inputs.seed, kept)
         self.rotates = spec.rope is not None or spec.qk_norm is not None
         self.qk_norms = [weights.get(f"self_attn.{name}_norm.weight") for name in "qk"]
         self.sinks = weights.get("self_attn.sinks")
@@ -105,11 +109,11 @@ class AttentionHalf:
         elif "qkv" not in self.values:
             self._scratch = qkv
         qk = (qkv if self._scratch is None else self._scratch)[:, :qk_size]
-        cos, sin = self._angles()
+        cos, sin = self._angles
         names = ("attn_out", "dout", "delta")
         for rows in call.chunks():
             if project:
-                self.qkv.forward(self._normed(rows), qkv[rows])
+                self.qkv.forward(self._normed(rows), rows, qkv[rows])
             if self.rotates:
                 parts = {n: t[rows] for n, t in zip(names, delta or (), strict=False)}
                 ops.qk_rope_forward(
@@ -130,8 +134,9 @@ class AttentionHalf:
         return self._heads
 
     def _split(self, x: Tensor, head_dim: int) -> Tensor:
-        return rearrange(x, "(b t) (n d) -> b t n d", b=self.call.batch_size, d=head_dim)
+        return x.view(self.call.batch_size, self.call.seq_len, -1, head_dim)
 
+    @cached_property
     def _angles(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """cos and sin, one row a token: `[tokens, rotary_dim]`; None without RoPE."""
         if self.spec.rope is None:
@@ -177,21 +182,28 @@ class AttentionHalf:
         return self.values["attn_out"]
 
     def projected(self) -> Tensor:
-        """With a post-norm: the output projection before that norm, `[tokens, h]`."""
+        """With a post-norm: what it reads, `[tokens, h]`."""
         if "attn_branch" not in self.values:
             attn_out = self.attn_out()
-            parts = [self.branch.project(attn_out[rows]) for rows in self.call.chunks()]
+            x = self.values["x"] if self.spec.norm_after_residual else None
+            parts = [
+                self.branch.project(attn_out[rows], None if x is None else x[rows], rows)
+                for rows in self.call.chunks()
+            ]
             self.values["attn_branch"] = torch.cat(parts)
         return self.values["attn_branch"]
 
     def mid(self) -> Tensor:
         """The residual between the halves, `[tokens, h]`."""
         if "mid" not in self.values:
-            x = self.values["x"]
+            after = self.spec.norm_after_residual
+            x = self.projected() if after else self.values["x"]
             mid = torch.empty_like(x)
             for rows in self.call.chunks():
-                if self.branch.post is not None:
-                    self.branch.add(x[rows], self.projected()[rows], rows, mid[rows])
+                if after:
+                    self.branch.finish(x[rows], None, rows, mid[rows])
+                elif self.branch.post is not None:
+                    self.branch.finish(self.projected()[rows], x[rows], rows, mid[rows])
                 else:
                     self.branch.forward(x[rows], self.attn_out()[rows], rows, mid[rows])
             if self.branch.post is not None and self.branch.post.statistics is not None:
@@ -199,13 +211,17 @@ class AttentionHalf:
             self.values["mid"] = mid
         return self.values["mid"]
 
-    def backward(self, dmid: Tensor, needs: Needs, grads: WeightGrads) -> Tensor | None:
+    def backward(
+        self, dmid: Tensor, needs: Needs, grads: WeightGrads, dsum: Tensor | None = None
+    ) -> Tensor | None:
         """The gradient of x, and those of the weights.
 
         Args:
             dmid: `[tokens, h]`, the gradient of the half's output; only read.
             needs: what this half has to give.
             grads: where the weights' gradients go.
+            dsum: `[tokens, h]`, what x gets beside the half's gradient; None: dmid, or what comes
+                through a norm after the residual.
 
         Returns:
             `[tokens, h]` in dmid's dtype, or None where x wants none.
@@ -214,27 +230,35 @@ class AttentionHalf:
         tokens = dmid.shape[0]
         attn_out = self.attn_out() if needs.inner or needs.out else None
         dout = dmid.new_empty(tokens, spec.attn_out_size, dtype=call.compute_dtype)
+        residual = dmid if dsum is None else dsum
+        after = torch.empty_like(dmid) if spec.norm_after_residual and needs.branch else None
+        if after is not None:
+            residual = after
         for rows in call.chunks():
             projected = self.projected()[rows] if spec.post_norm else None
-            dy = self.branch.backward(dmid[rows], projected, rows, needs, grads)
+            place = None if after is None else after[rows]
+            dy = self.branch.backward(dmid[rows], projected, rows, needs, grads, place)
             if dy is not None and attn_out is not None:
+                u = self.branch.narrow(dy, needs.inner, grads)
                 if needs.out:
-                    self.branch.backward_weight(dy, attn_out[rows], grads)
+                    self.branch.backward_weight(dy, u, attn_out[rows], rows, grads)
                 if needs.inner:
-                    self.branch.backward_input(dy, dout[rows])
+                    self.branch.backward_input(dy, u, rows, dout[rows])
         if not needs.inner:
             return None
         assert attn_out is not None
         delta = self._new_delta(dout)
         heads = self.heads(None if delta is None else (attn_out, dout, delta))
-        by_head = "(b t) n -> b n t"  # as LSE has it
+        by_head = None  # [batch, heads, seq_len], as LSE is
+        if delta is not None:
+            by_head = delta.view(call.batch_size, call.seq_len, -1).transpose(1, 2)
         *dheads, dsinks = call.core.attention_backward(
             self._split(dout, spec.v_head_dim),
             *heads,
             self._split(attn_out, spec.v_head_dim),
             self.values["lse"],
             call.mask,
-            delta=None if delta is None else rearrange(delta, by_head, b=call.batch_size),
+            delta=by_head,
             sinks=self.sinks,
             bias=self.inputs.attention_mask,
             cu_seqlens=self.inputs.cu_seqlens,
@@ -254,7 +278,7 @@ class AttentionHalf:
             ):
                 room.copy_(part)
             parts = [self._scratch]
-        return self._backward_qkv(dmid, parts, needs, grads)
+        return self._backward_qkv(residual, parts, needs, grads)
 
     def _new_delta(self, dout: Tensor) -> Tensor | None:
         """Room for delta, `[tokens, heads]`, tokens side by side as the attention kernels read
@@ -266,20 +290,20 @@ class AttentionHalf:
         ).t()
 
     def _backward_qkv(
-        self, dmid: Tensor, parts: list[Tensor], needs: Needs, grads: WeightGrads
+        self, residual: Tensor, parts: list[Tensor], needs: Needs, grads: WeightGrads
     ) -> Tensor | None:
         """From the gradients of roped q and k, and of v, to the half's input.
 
         Args:
-            dmid: `[tokens, h]`, the gradient of the half's output.
+            residual: `[tokens, h]`, the gradient that passes the half by.
             parts: `[tokens, width]` each: the gradients of q, k and v, or one of all, which is
                 overwritten.
             needs: what this half has to give.
             grads: where the weights' gradients go.
         """
         call, spec = self.call, self.spec
-        cos, sin = self._angles()
-        dx = torch.empty_like(dmid) if needs.input else None
+        cos, sin = self._angles
+        dx = torch.empty_like(residual) if needs.input else None
         qk_size = spec.q_size + spec.kv_size
         names = [f"self_attn.{name}_norm.weight" for name in "qk"]
         for rows in call.chunks():
@@ -300,20 +324,20 @@ class AttentionHalf:
                     grads.add(name, dweight)
             self.qkv.backward_biases(dqkv, grads)
             normed = None
+            u = self.qkv.narrow(dqkv, needs.input or needs.norm, grads)
             if needs.input or needs.norm:
-                dnormed = self.qkv.backward_input(dqkv)
+                dnormed = self.qkv.backward_input(dqkv, u, rows)
                 dpart = None if dx is None else dx[rows]
                 if self.norm is not None:
                     x = self.values["x"][rows]
                     normed = torch.empty_like(dnormed) if needs.projections else None
-                    residual = dmid[rows] if call.residual else None
+                    passed = residual[rows] if call.residual else None
                     self.norm.backward(
-                        dnormed, x, rows, grads, residual=residual, dx=dpart, normed=normed
+                        dnormed, x, rows, grads, residual=passed, dx=dpart, normed=normed
                     )
                 elif dpart is not None:
-                    torch.add(dmid[rows], dnormed, out=dpart)
+                    torch.add(residual[rows], dnormed, out=dpart)
             if needs.projections:
-                self.qkv.backward_weights(
-                    dqkv, self._normed(rows) if normed is None else normed, grads
-                )
+                normed = self._normed(rows) if normed is None else normed
+                self.qkv.backward_weights(dqkv, u, normed, rows, grads)
         return dx

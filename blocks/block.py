@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .function import run_job
-from .inputs import check_chunk_size, check_impl, check_offload_dir, check_weights, prepare
-from .policy import KEEP, Policy, PolicyLike
-from .replay import effective_policies
-from .run import Layer, RunJob, wanted_names
-from .spec import BlockSpec, check_spec
+from .adapters.peft import Live, unwrap
+from .function import block
+from .inputs import check_chunk_size, check_impl, check_offload_dir
+from .lora import Adapters, LoRA
+from .policy import Policy, PolicyLike
+from .spec import LAYER_SCALE, BlockSpec, check_spec
 
 #: The one parameter that stands in no module of its own.
 SINKS = "self_attn.sinks"
@@ -44,16 +44,52 @@ class Norm(nn.Module):
             nn.init.zeros_(self.bias)
 
 
+class Conv1D(nn.Module):
+    """The parameters of a projection whose weight is transposed; the block does the arithmetic.
+
+    Args:
+        shape: of the weight, `[in, out]`; the bias is `[out]`.
+        bias: whether there is one.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(self, shape: tuple[int, ...], bias: bool, device: Any, dtype: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(shape[1:], device=device, dtype=dtype))
+
+
+class LayerScale(nn.Module):
+    """The factors of a half's output; the block does the arithmetic.
+
+    Args:
+        width: `[width]` of the parameter, which starts at 1.
+        device: of the parameter.
+        dtype: of the parameter.
+    """
+
+    def __init__(self, width: int, device: Any, dtype: Any) -> None:
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+
+
 def parameter_modules(spec: BlockSpec, device: Any, dtype: Any) -> dict[str, nn.Module]:
     """The modules that hold a block's parameters, by Hugging Face's names."""
     modules: dict[str, nn.Module] = {}
     shapes = spec.parameters()
     for name, shape in shapes.items():
         path, _, kind = name.rpartition(".")
+        if name in LAYER_SCALE.values():
+            modules[path] = LayerScale(shape[0], device, dtype)
         if kind != "weight":
             continue
         bias = f"{path}.bias" in shapes
-        if len(shape) == 2:
+        if len(shape) == 2 and spec.conv1d:
+            modules[path] = Conv1D(shape, bias, device, dtype)
+        elif len(shape) == 2:
             modules[path] = nn.Linear(shape[1], shape[0], bias=bias, device=device, dtype=dtype)
         else:
             modules[path] = Norm(shape[0], bias, spec.norm_offset, device, dtype)
@@ -114,8 +150,7 @@ class TransformerBlock(nn.Module):
         if spec.attention_sinks:
             sinks = torch.empty(spec.num_attention_heads, device=device, dtype=dtype)
             self.get_submodule("self_attn").register_parameter("sinks", nn.Parameter(sinks))
-        self._names = tuple(spec.parameters())
-        self._places = tuple((name, tuple(name.split("."))) for name in self._names)
+        self._places = tuple((name, tuple(name.split("."))) for name in spec.parameters())
         self.reset_parameters()
 
     @property
@@ -139,34 +174,57 @@ class TransformerBlock(nn.Module):
         for module in self.modules():
             if isinstance(module, Norm):
                 module.reset_parameters()
-            elif isinstance(module, nn.Linear):
+            elif isinstance(module, nn.Linear | Conv1D):
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, LayerScale):
+                nn.init.ones_(module.lambda1)
         if self.spec.attention_sinks:
             nn.init.normal_(self.get_parameter(SINKS), std=0.02)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The parameters by name, in the spec's order.
+    def weights(self) -> tuple[dict[str, Tensor], Adapters]:
+        """The parameters by name, in the spec's order, and the active adapters with theirs.
 
         Raises:
-            TypeError: if something else stands in a projection's place (an adapter, a
-                parametrisation, a quantised layer): the block reads weights, and would silently
-                drop whatever else that module does.
+            TypeError: if something else stands in a projection's place (a quantised layer, a
+                parametrisation, an adapter that is not LoRA): the block reads weights, and would
+                silently drop whatever else that module does.
         """
-        weights = {}
+        weights: dict[str, Tensor] = {}
+        adapters: dict[str, tuple[LoRA, ...]] = {}
         for name, (*path, kind) in self._places:
             module: Any = self
             for step in path:
                 module = None if module is None else module._modules.get(step)
-            if type(module) not in (nn.Linear, Norm) and name != SINKS:
-                raise TypeError(
-                    f"{'.'.join(path)} is a {type(module).__name__}, expected a plain "
-                    "torch.nn.Linear or the block's own norm: a block reads its weight and would "
-                    "drop what else it does"
-                )
+            if type(module) not in (nn.Linear, Norm, Conv1D, LayerScale) and name != SINKS:
+                module = self._unwrap(".".join(path), module, kind, weights, adapters)
             weights[name] = getattr(module, kind)
-        return weights
+        return weights, tuple(adapters.items())
+
+    @staticmethod
+    def _unwrap(
+        path: str,
+        module: Any,
+        kind: str,
+        weights: dict[str, Tensor],
+        adapters: dict[str, tuple[LoRA, ...]],
+    ) -> nn.Module:
+        """What stands below PEFT's module; notes its adapters."""
+        reason = "a block reads its weight and would drop what else it does"
+        try:
+            live = unwrap(module)
+        except TypeError as error:
+            reason, live = str(error), Live(module)
+        if type(live.module) not in (nn.Linear, Norm, Conv1D, LayerScale):
+            raise TypeError(
+                f"{path} is a {type(live.module).__name__}, expected a plain torch.nn.Linear "
+                f"(LoRA beside it or not) or the block's own norm: {reason}"
+            )
+        if live.adapters and kind == "weight":
+            weights |= live.weights(path)
+            adapters[path] = live.adapters
+        return live.module
 
     def forward(
         self,
@@ -203,22 +261,20 @@ class TransformerBlock(nn.Module):
         }  # fmt: skip
         if self.parallel is not None:
             return self.parallel.forward(self, hidden_states, options)
-        call, inputs = prepare(
-            self.spec,
+        weights, adapters = self.weights()
+        return block(
             hidden_states,
+            weights,
+            self.spec,
+            self.policy,
+            adapters=adapters,
             **options,
             training=self.training,
             chunk_size=self.chunk_size,
             impl=self.impl,
             ffn_strategy=self.ffn_strategy,
-            lossy=self.policy.lossy,
             offload_dir=self.offload_dir,
         )
-        weights = check_weights(self.weights(), self.spec.parameters(), hidden_states, call)
-        [policy] = effective_policies([self.policy]) or [KEEP]
-        layer = Layer(policy, self._names, wanted_names(hidden_states, weights))
-        job = RunJob(call, (layer,), 0)
-        return run_job(job, inputs, hidden_states, list(weights.values()))
 
     def extra_repr(self) -> str:
         """The policy, for `print(model)`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -29,14 +30,20 @@ from backfuse.kernels.reference.linear import (
 from backfuse.kernels.reference.norm import accumulate_dtype
 
 from .keep import Needs
-from .spec import BlockSpec
+from .layouts import as_parameter, in_order
+from .lora import Adapters, projections
+from .low_rank import NO_ADAPTERS, LowRank, add_product, row_sum, with_adapters_bias
+from .spec import LAYER_SCALE, BlockSpec
 
 #: Tokens a chunk, by device type. A CPU wants the chunk's scratch in its caches; a GPU wants
 #: GEMMs large enough to fill it.
 CHUNK_SIZE = {"cpu": 1024, "cuda": 4096}
 
 #: Numbers of the dropouts of a block, for the counter (see `dropout.py`).
-SITES = {"scores": 0, "attn": 1, "ffn": 2}
+SITES = {"scores": 0, "attn": 1, "ffn": 2, "hidden": 3}
+
+#: Stands in for operations while a call is only traced: whoever runs it chooses (see `ops.py`).
+LATER: Operations = ModuleType("later")
 
 #: Where the output projection of each half is, by Hugging Face's names.
 OUT_PROJECTION = {"attn": "self_attn.o_proj", "ffn": "mlp.down_proj"}
@@ -73,6 +80,7 @@ class Call:
         chunk_size: tokens a chunk.
         ops: the kernels, or their reference.
         core: whose attention runs (see `kernels/cores`).
+        impl: the name that `ops` and `core` were chosen by.
         ffn_strategy: how the kernels rebuild a pre-activation (see `kernels/ffn_recompute.py`).
         dropout: whether dropout is active.
         max_seqlen: longest packed sequence, where the caller knows it.
@@ -88,6 +96,7 @@ class Call:
     chunk_size: int
     ops: Operations
     core: Operations | Core
+    impl: str = "auto"
     ffn_strategy: str = "auto"
     dropout: bool = False
     max_seqlen: int | None = None
@@ -132,14 +141,16 @@ class Call:
 Weights = Mapping[str, Tensor]
 
 
-def cast_weights(weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The projections in the compute dtype, made anew for each pass; norms stay as they are.
+def cast_weights(spec: BlockSpec, weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The projections in the compute dtype and in order (see `layouts.py`), anew for each pass.
 
-    Without autocast nothing is copied. A cast is never kept: kept weights are the parameters
-    themselves, so that whoever owns them can free and regather them.
+    Norms stay as they are. Without autocast nothing is copied, but for a QKV that goes by heads. A
+    copy is never kept: kept weights are the parameters themselves, so that whoever owns them can
+    free and regather them.
     """
     return {
-        n: w if w.dtype == dtype or "_proj." not in n else w.to(dtype) for n, w in weights.items()
+        n: in_order(spec, n, w if w.dtype == dtype else w.to(dtype)) if "_proj." in n else w
+        for n, w in weights.items()
     }
 
 
@@ -147,83 +158,182 @@ class WeightGrads:
     """Gradients of parameters, summed over chunks in fp32 (fp64 for fp64).
 
     Args:
-        ops: the kernels, or their reference.
-        wanted: names of the parameters that want one; the others are never computed.
+        call: the call.
+        names: of the parameters.
+        weights: the parameters.
+        wanted: names of those that want one; the others are never computed.
     """
 
-    def __init__(self, ops: Operations, wanted: Set[str]) -> None:
-        self.ops = ops
+    def __init__(
+        self, call: Call, names: Sequence[str], weights: Sequence[Tensor], wanted: Set[str]
+    ) -> None:
+        self.ops, self.spec = call.ops, call.spec
+        self.names, self.weights = names, weights
         self.wanted = wanted
         self.totals: dict[str, Tensor] = {}
+        # what a layer scale's gradient is computed from
+        self.scaled = {
+            name: scale
+            for half, scale in LAYER_SCALE.items()
+            if scale in names
+            for name in names
+            if name.startswith(f"{OUT_PROJECTION[half]}.") and ".lora_A." not in name
+        }
+        # with one chunk there is nothing to sum: a share is the gradient, rounded as it is written
+        self.alone = call.batch_size * call.seq_len <= call.chunk_size
+
+    def wants(self, name: str) -> bool:
+        """Whether a gradient is wanted, or read by a layer scale's."""
+        return name in self.wanted or self.scaled.get(name) in self.wanted
 
     def outer(self, name: str, dy: Tensor, x: Tensor) -> None:
         """Add `dy^T x`: a projection's weight."""
-        if name in self.wanted:
-            self.totals[name] = self.ops.accumulate_outer(self.totals.get(name), dy, x)
+        if self.wants(name):
+            if self.spec.conv1d and ".lora_" not in name:  # the parameter is [in, out]
+                dy, x = x, dy
+            exact = not self.alone or name in self.scaled
+            dtype = None if exact else self.weights[self.names.index(name)].dtype
+            self.totals[name] = self.ops.accumulate_outer(self.totals.get(name), dy, x, dtype)
 
     def rows(self, name: str, dy: Tensor) -> None:
         """Add the sum over rows: a bias."""
-        if name in self.wanted:
-            self.add(name, dy.sum(0, dtype=accumulate_dtype(dy.dtype)))
+        if self.wants(name):
+            self._add(name, row_sum(dy))
 
     def add(self, name: str, share: Tensor | None) -> None:
         """Add what a chunk gives."""
-        if share is not None and name in self.wanted:
-            total = self.totals.get(name)
-            self.totals[name] = share if total is None else total.add_(share)
+        if share is not None and self.wants(name):
+            self._add(name, share)
 
-    def take(self, names: Sequence[str], weights: Sequence[Tensor]) -> list[Tensor | None]:
+    def _add(self, name: str, share: Tensor) -> None:
+        total = self.totals.get(name)
+        self.totals[name] = share if total is None else total.add_(share)
+
+    def _scale(self, name: str) -> None:
+        """From the gradient of a scaled projection's weight or bias: that of it, and the scale's.
+
+        With `z = s (x W^T + b)` and `G = dz^T x`: `dW = s G`, `db = s sum(dz)`, and
+        `ds = rowsum(G W) + b sum(dz)`. So no activation is kept for `ds`. An adapter's B is as W
+        here, with t for x.
+        """
+        total = self.totals.get(name)
+        if total is None:
+            return
+        scale = self.scaled[name]
+        value, factor = (self.weights[self.names.index(n)].to(total.dtype) for n in (name, scale))
+        if total.dim() == 1:
+            self.add(scale, total * value)
+        else:
+            across = self.spec.conv1d and ".lora_" not in name
+            self.add(scale, (total * value).sum(0 if across else 1))
+            factor = factor if across else factor.unsqueeze(1)
+        if name in self.wanted:
+            total.mul_(factor)
+        else:
+            del self.totals[name]
+
+    def take(self) -> list[Tensor | None]:
         """The finished gradients in their parameters' dtypes, None where none was wanted."""
-        return [
-            self.totals.pop(name).to(weight.dtype) if name in self.totals else None
-            for name, weight in zip(names, weights, strict=True)
-        ]
+        for name in self.scaled:
+            self._scale(name)
+        taken: list[Tensor | None] = []
+        for name, weight in zip(self.names, self.weights, strict=True):
+            total = self.totals.pop(name, None)
+            if total is not None and total.dtype != weight.dtype:
+                total = total.to(weight.dtype)
+            taken.append(None if total is None else as_parameter(self.spec, name, total))
+        return taken
 
 
 class Projections:
     """Weights side by side that read the same input: q, k and v, or gate and up.
 
     Args:
+        call: the call.
         names: their parameter names without `.weight`.
         weights: the block's weights.
+        adapters: the block's.
+        seed: for dropout, or None.
     """
 
-    def __init__(self, names: list[str], weights: Weights) -> None:
+    def __init__(
+        self,
+        call: Call,
+        names: list[str],
+        weights: Weights,
+        adapters: Adapters,
+        seed: Tensor | None,
+    ) -> None:
         self.names = names
         self.weights = [weights[f"{name}.weight"] for name in names]
         self.biases = [weights.get(f"{name}.bias") for name in names]
+        self.low_rank = _low_rank(call, names, weights, adapters, seed)
+        if self.low_rank.parts:
+            own = dict(adapters)
+            self.biases = [with_adapters_bias(n, own.get(n, ()), weights) for n in names]
+            if any(bias is not None for bias in self.biases):  # one for each weight, or none
+                self.biases = [
+                    weight.new_zeros(len(weight)) if bias is None else bias
+                    for weight, bias in zip(self.weights, self.biases, strict=True)
+                ]
 
-    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: slice, out: Tensor) -> Tensor:
         """Write all outputs into `out`, `[rows, their widths together]`."""
-        return linear(x, self.weights, self.biases, out)
+        linear(x, self.weights, self.biases, out)
+        for part, pair in zip(self._parts(out), self.low_rank.forward(x, rows), strict=False):
+            add_product(part, pair)
+        return out
 
-    def backward_input(self, dy: Tensor) -> Tensor:
-        """The gradient of the input."""
-        return linear_backward_input(dy, self.weights)
+    def narrow(self, dy: Tensor, wanted: bool, grads: WeightGrads) -> Tensor | None:
+        """u of the adapters, from the gradient of all outputs (see `LowRank.narrow`)."""
+        return self.low_rank.narrow(self._parts(dy), wanted, grads)
 
-    def _split(self, dy: Tensor) -> list[tuple[str, Tensor]]:
-        """What belongs to each of the weights, with their names."""
-        widths = [weight.shape[0] for weight in self.weights]
-        return list(zip(self.names, dy.split(widths, -1), strict=True))
+    def backward_input(self, dy: Tensor, u: Tensor | None, rows: slice) -> Tensor:
+        """The gradient of the input; u as `narrow` gives it."""
+        return self.low_rank.add_input_gradient(u, rows, linear_backward_input(dy, self.weights))
 
-    def backward_weights(self, dy: Tensor, x: Tensor, grads: WeightGrads) -> None:
-        """Add to the gradients of the weights."""
-        for name, part in self._split(dy):
+    def _parts(self, dy: Tensor) -> tuple[Tensor, ...]:
+        """What belongs to each of the weights."""
+        return dy.split([weight.shape[0] for weight in self.weights], -1)
+
+    def backward_weights(
+        self, dy: Tensor, u: Tensor | None, x: Tensor, rows: slice, grads: WeightGrads
+    ) -> None:
+        """Add to the gradients of the weights and of the adapters; u as `narrow` gives it."""
+        parts = self._parts(dy)
+        for name, part in zip(self.names, parts, strict=True):
             grads.outer(f"{name}.weight", part, x)
+        self.low_rank.backward_weights(parts, u, x, rows, grads)
 
     def backward_biases(self, dy: Tensor, grads: WeightGrads) -> None:
         """Add to the gradients of the biases."""
-        for name, part in self._split(dy):
-            grads.rows(f"{name}.bias", part)
+        if self.want_biases(grads):
+            self.add_biases(row_sum(dy), grads)
 
     def add_biases(self, dbias: Tensor, grads: WeightGrads) -> None:
         """Add to the gradients of the biases what a kernel has summed already."""
-        for name, part in self._split(dbias):
+        parts = self._parts(dbias)
+        self.low_rank.add_biases(parts, grads)
+        for name, part in zip(self.names, parts, strict=True):
             grads.add(f"{name}.bias", part)
 
     def want_biases(self, grads: WeightGrads) -> bool:
         """Whether a bias wants a gradient."""
-        return any(f"{name}.bias" in grads.wanted for name in self.names)
+        own = any(f"{name}.bias" in grads.wanted for name in self.names)
+        return own or self.low_rank.want(grads, 2)
+
+
+def _low_rank(
+    call: Call, names: list[str], weights: Weights, adapters: Adapters, seed: Tensor | None
+) -> LowRank:
+    """The adapters of projections side by side."""
+    own = dict(adapters)
+    if own.keys().isdisjoint(names):
+        return NO_ADAPTERS
+    numbers = projections(call.spec)
+    return LowRank(
+        names, [own.get(name, ()) for name in names], weights, [numbers[n] for n in names], seed
+    )
 
 
 class NormUse:
@@ -259,7 +369,7 @@ class NormUse:
             x: `[rows, width]`.
             rows: which rows these are.
             residual: added; the sum goes to `out`, which is then the result.
-            out: see residual.
+            out: where the result goes, in its dtype; None: a fresh tensor.
         """
         if self.statistics is None:
             tokens = self.call.batch_size * self.call.seq_len
@@ -267,6 +377,8 @@ class NormUse:
                 self.spec.statistics, tokens, dtype=accumulate_dtype(x.dtype)
             )
         statistics, dtype = self.statistics[:, rows], self.call.compute_dtype
+        if out is not None and residual is None:
+            dtype = out.dtype
         ops, given = self.call.ops, (self.weight, self.bias, self.spec)
         if self.known:
             return ops.norm_apply(x, statistics, *given, dtype, residual=residual, out=out)
@@ -313,14 +425,16 @@ class NormUse:
 
 
 class Branch:
-    """The end of a half: output projection, post-norm, dropout, residual.
+    """The end of a half: output projection, post-norm, dropout, layer scale, residual.
 
-        out = residual + dropout(post_norm(x W^T + b))
+        out = residual + m dropout(post_norm(x W^T + b))    or m scale dropout(x W^T + b)
+        out = post_norm(residual + m dropout(x W^T + b))    where the norm follows the residual
 
     Args:
         call: the call.
         weights: the block's weights, cast.
         half: `"attn"` or `"ffn"`.
+        adapters: the block's.
         seed: for dropout, or None.
         kept: what an earlier pass kept.
     """
@@ -330,26 +444,53 @@ class Branch:
         call: Call,
         weights: Weights,
         half: str,
+        adapters: Adapters,
         seed: Tensor | None,
         kept: Mapping[str, Tensor],
     ) -> None:
         self.name = OUT_PROJECTION[half]
         self.weight = weights[f"{self.name}.weight"]
-        self.bias = weights.get(f"{self.name}.bias")
+        self.low_rank = _low_rank(call, [self.name], weights, adapters, seed)
+        own = dict(adapters).get(self.name, ())
+        self.bias = with_adapters_bias(self.name, own, weights)
         self.post = (
             NormUse(call, weights, f"{half}_post_norm", kept) if call.spec.post_norm else None
         )
+        self.after_residual = call.spec.norm_after_residual
+        self.factor = call.spec.residual_multiplier
+        self.scale = weights.get(LAYER_SCALE[half])
         self.residual = call.residual
         self.p = call.spec.residual_dropout if call.dropout else 0.0
         self.seed = seed
         self.site = SITES[half]
 
-    def project(self, x: Tensor) -> Tensor:
-        """`x W^T + b`, `[rows, h]`."""
-        return matmul_transposed(x, self.weight, self.bias)
+    def _add_adapters(self, y: Tensor, x: Tensor, rows: slice, factor: float = 1.0) -> Tensor:
+        """Add to y what the adapters give for x, times a factor."""
+        for pair in self.low_rank.forward(x, rows):
+            add_product(y, pair, factor)
+        return y
+
+    def _linear(self, x: Tensor, rows: slice) -> Tensor:
+        """`x W^T + b` with the adapters, `[rows, h]`."""
+        return self._add_adapters(matmul_transposed(x, self.weight, self.bias), x, rows)
+
+    def project(self, x: Tensor, residual: Tensor | None, rows: slice) -> Tensor:
+        """What the post-norm reads, `[rows, h]`.
+
+        Args:
+            x: `[rows, in]`, the projection's input.
+            residual: `[rows, h]`; only a norm that follows the residual needs it.
+            rows: which rows these are.
+        """
+        if not self.after_residual:
+            return self._linear(x, rows)
+        assert residual is not None
+        total = torch.empty_like(residual)
+        self.forward(residual, x, rows, total)
+        return total
 
     def forward(self, residual: Tensor, x: Tensor, rows: slice, out: Tensor) -> None:
-        """Write the half's output for some rows, where no norm follows the projection.
+        """Write the sum of projection and residual for some rows: where no norm follows, the end.
 
         Args:
             residual: `[rows, h]`.
@@ -357,18 +498,34 @@ class Branch:
             rows: which rows these are.
             out: `[rows, h]`, written.
         """
-        if self.p:
-            torch.add(residual, self._drop(self.project(x), rows), out=out)
+        if self.p or self.scale is not None:
+            y = self._linear(x, rows)
+            y = self._drop(y, rows) if self.p else y
+            y = y if self.scale is None else y * self.scale
+            torch.add(residual, y, alpha=self.factor, out=out)
         elif not self.residual:
             matmul_transposed(x, self.weight, self.bias, out)
         else:
-            linear_add(residual, x, self.weight, self.bias, out)
+            linear_add(residual, x, self.weight, self.bias, out, self.factor)
+            self._add_adapters(out, x, rows, self.factor)
 
-    def add(self, residual: Tensor, projected: Tensor, rows: slice, out: Tensor) -> None:
-        """Write `residual + dropout(post_norm(projected))` into `out`; `projected` stays."""
+    def finish(self, projected: Tensor, residual: Tensor | None, rows: slice, out: Tensor) -> None:
+        """Write the half's output from what the post-norm reads, which stays as it is.
+
+        Args:
+            projected: `[rows, h]`, what `project` gave.
+            residual: `[rows, h]`; None where it is in that already.
+            rows: which rows these are.
+            out: `[rows, h]`, written.
+        """
         assert self.post is not None
-        if self.p:
-            torch.add(residual, self._drop(self.post.apply(projected, rows), rows), out=out)
+        if self.after_residual:
+            self.post.apply(projected, rows, out=out)
+            return
+        assert residual is not None
+        if self.p or self.factor != 1.0:
+            y = self.post.apply(projected, rows)
+            torch.add(residual, self._drop(y, rows) if self.p else y, alpha=self.factor, out=out)
         else:
             self.post.apply(projected, rows, residual=residual, out=out)
 
@@ -378,9 +535,15 @@ class Branch:
         return dropout_rows_(y, self.seed, self.p, rows.start, self.site)
 
     def backward(
-        self, dz: Tensor, projected: Tensor | None, rows: slice, needs: Needs, grads: WeightGrads
+        self,
+        dz: Tensor,
+        projected: Tensor | None,
+        rows: slice,
+        needs: Needs,
+        grads: WeightGrads,
+        dsum: Tensor | None = None,
     ) -> Tensor | None:
-        """Back through dropout and post-norm, to the output of the projection.
+        """Back through dropout and post-norm, to the output of the projection, but for its scale.
 
         Args:
             dz: `[rows, h]`, the gradient of the half's output; only read.
@@ -388,27 +551,58 @@ class Branch:
             rows: which rows these are.
             needs: what the half has to give.
             grads: where the gradients of post-norm and bias go.
+            dsum: `[rows, h]`, where the norm follows the residual: written with the gradient of
+                their sum; None where it is not wanted.
 
         Returns:
             `[rows, h]`, or None where nothing before the post-norm wants a gradient.
         """
-        dy = dz.to(self.weight.dtype)
+        if self.after_residual:
+            assert self.post is not None and projected is not None
+            self.post.backward(dz, projected, rows, grads, dx=dsum)
+            if dsum is None:
+                return None
+            dz = dsum
+        dy = (dz if self.factor == 1.0 else dz * self.factor).to(self.weight.dtype)
         if self.p:
             dy = self._drop(dy.clone() if dy is dz else dy, rows)
-        if self.post is not None:
+        if self.post is not None and not self.after_residual:
             assert projected is not None
             dprojected = torch.empty_like(dy) if needs.branch else None
             self.post.backward(dy, projected, rows, grads, dx=dprojected)
             dy = dy if dprojected is None else dprojected
         if not needs.branch:
             return None
-        grads.rows(f"{self.name}.bias", dy)
+        if grads.wants(f"{self.name}.bias") or self.low_rank.want(grads, 2):
+            dbias = row_sum(dy)
+            self.low_rank.add_biases([dbias], grads)
+            grads.add(f"{self.name}.bias", dbias)
         return dy
 
-    def backward_weight(self, dy: Tensor, x: Tensor, grads: WeightGrads) -> None:
-        """Add to the projection's weight gradient; x is `[rows, in]`, the projection's input."""
-        grads.outer(f"{self.name}.weight", dy, x)
+    def scaled(self, dy: Tensor) -> Tensor:
+        """What `backward` gave, through the layer scale if there is one."""
+        return dy if self.scale is None else (dy * self.scale).to(dy.dtype)
 
-    def backward_input(self, dy: Tensor, out: Tensor | None = None) -> Tensor:
-        """`dy W`, `[rows, in]`, in `out` where that is given."""
-        return matmul_transposed(dy, self.weight.t(), out=out)
+    def narrow(self, dy: Tensor, wanted: bool, grads: WeightGrads) -> Tensor | None:
+        """u of the adapters, from what `backward` gave (see `LowRank.narrow`)."""
+        return self.low_rank.narrow([self.scaled(dy)], wanted, grads)
+
+    def backward_weight(
+        self, dy: Tensor, u: Tensor | None, x: Tensor, rows: slice, grads: WeightGrads
+    ) -> None:
+        """Add to the gradients of the projection's weight and of its adapters.
+
+        Args:
+            dy: `[rows, h]`, the gradient of the projection's output.
+            u: as `narrow` gives it.
+            x: `[rows, in]`, the projection's input.
+            rows: which rows these are.
+            grads: where the gradients go.
+        """
+        grads.outer(f"{self.name}.weight", dy, x)
+        self.low_rank.backward_weights([dy], u, x, rows, grads)
+
+    def backward_input(self, dy: Tensor, u: Tensor | None, rows: slice, out: Tensor) -> Tensor:
+        """Write `dy W` into `out`, `[rows, in]`, and add what the adapters give."""
+        matmul_transposed(self.scaled(dy), self.weight.t(), out=out)
+        return self.low_rank.add_input_gradient(u, rows, out)

@@ -28,7 +28,8 @@ import torch
 from .devices import Device
 from .devices import device as device_named
 from .flops import block_matmuls
-from .keep import INPUT, block_reads, half_needs
+from .keep import block_needs, block_reads
+from .lora import Adapters, AdaptersLike, parse_adapters
 from .memory import check_dtype, check_sizes, host_bytes, kept_bytes, wanted_set
 from .policy import ACTIVATION_NAMES, Policy, PolicyLike
 from .spec import BlockSpec, check_spec
@@ -150,15 +151,15 @@ def _passes(
     h, out, qk = spec.hidden_size, spec.attn_out_size, spec.q_size + spec.kv_size
     rotates = spec.rope is not None or spec.qk_norm is not None
     rebuilt = block_reads(spec, policy, wanted).rebuilt
-    attn = half_needs(spec, "attn", wanted, INPUT in wanted)
-    ffn = half_needs(spec, "ffn", wanted, attn.anything)
+    attn, ffn = block_needs(spec, wanted)
     yield from (("forward", name, 2 * h) for name in ("attn_norm", "ffn_norm") if spec.pre_norm)
     if rotates:
         yield "forward", "qk_rope", 2 * qk
-    if spec.post_norm:  # with the residual
-        yield from (("forward", name, 3 * h) for name in ("attn_post_norm", "ffn_post_norm"))
-        if ffn.anything and "mid" not in rebuilt:
-            yield "recompute", "attn_post_norm", 3 * h
+    if spec.post_norm:
+        width = (2 if spec.norm_after_residual else 3) * h  # with the residual
+        yield from (("forward", name, width) for name in ("attn_post_norm", "ffn_post_norm"))
+        if ffn.anything and "mid" not in rebuilt and not spec.parallel_residual:
+            yield "recompute", "attn_post_norm", width
     for half, needs, first in (("ffn", ffn, "preact"), ("attn", attn, "qkv")):
         if spec.pre_norm and first in rebuilt:
             yield "recompute", f"{half}_norm", 2 * h
@@ -189,6 +190,7 @@ def block_costs(
     dtype: torch.dtype = torch.bfloat16,
     device: Device | str,
     requires_grad: bool | Collection[str] = True,
+    adapters: AdaptersLike | Adapters | None = None,
 ) -> BlockCosts:
     """What one block's training step costs on a device, by arithmetic.
 
@@ -201,6 +203,7 @@ def block_costs(
         dtype: of everything; one whose rate the device has.
         device: it, or its name.
         requires_grad: names of what wants a gradient (see `kept_bytes`).
+        adapters: projection -> its `LoRA`, or several.
 
     Raises:
         TypeError: for a spec, a dtype or names that are none.
@@ -213,9 +216,11 @@ def block_costs(
     where.check_dtype(dtype)
     parsed = Policy.parse(policy)
     sizes: dict[str, Any] = {
-        "batch_size": batch_size, "seq_len": seq_len, "dtype": dtype, "requires_grad": requires_grad
+        "batch_size": batch_size, "seq_len": seq_len, "dtype": dtype,
+        "requires_grad": requires_grad, "adapters": adapters,
     }  # fmt: skip
-    wanted = wanted_set(spec, requires_grad)
+    own = parse_adapters(spec, adapters)
+    wanted = wanted_set(spec, requires_grad, own)
     tokens = batch_size * seq_len
     visible = batch_size * visible_scores(spec, seq_len)
     scores, weighted = 2 * spec.q_size * visible, 2 * spec.attn_out_size * visible
@@ -227,11 +232,10 @@ def block_costs(
 
     parts = [
         part(matmul.phase, matmul.name, matmul.flops, matmul.elements)
-        for matmul in block_matmuls(spec, parsed, wanted, tokens, scores, weighted)
+        for matmul in block_matmuls(spec, parsed, wanted, tokens, scores, weighted, own)
     ]
     parts += [
-        part(phase, name, 0, tokens * width)
-        for phase, name, width in _passes(spec, parsed, wanted)
+        part(phase, name, 0, tokens * width) for phase, name, width in _passes(spec, parsed, wanted)
     ]
     kept, shipped = kept_bytes(spec, parsed, **sizes), host_bytes(spec, parsed, **sizes)
     return BlockCosts(tuple(parts), kept, shipped, where)
@@ -245,6 +249,7 @@ def activation_costs(
     dtype: torch.dtype = torch.bfloat16,
     device: Device | str,
     requires_grad: bool | Collection[str] = True,
+    adapters: AdaptersLike | Adapters | None = None,
 ) -> dict[str, ActivationCost]:
     """Each of the five activations: what keeping, rebuilding and offloading it costs.
 
@@ -256,7 +261,7 @@ def activation_costs(
     def costs(policy: PolicyLike) -> BlockCosts:
         return block_costs(
             spec, policy, batch_size=batch_size, seq_len=seq_len, dtype=dtype, device=where,
-            requires_grad=requires_grad,
+            requires_grad=requires_grad, adapters=adapters,
         )  # fmt: skip
 
     kept = costs("keep")

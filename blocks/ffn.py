@@ -12,14 +12,17 @@ O(tokens * f). A kept preact is only read: the gradient of the pre-activation go
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from backfuse.kernels.reference.dropout import dropout_rows_
 from backfuse.kernels.reference.fp8 import DTYPE as FP8
 
-from .call import Branch, Call, Inputs, NormUse, Projections, WeightGrads, Weights
+from .call import SITES, Branch, Call, Inputs, NormUse, Projections, WeightGrads, Weights
 from .keep import Needs
+from .lora import Adapters
 
 
 class FFNHalf:
@@ -30,10 +33,16 @@ class FFNHalf:
         weights: the half's weights, projections in the compute dtype.
         inputs: the call's side inputs.
         kept: what an earlier pass kept, by name (see `keep.py`); only read.
+        adapters: the block's.
     """
 
     def __init__(
-        self, call: Call, weights: Weights, inputs: Inputs, kept: Mapping[str, Tensor]
+        self,
+        call: Call,
+        weights: Weights,
+        inputs: Inputs,
+        kept: Mapping[str, Tensor],
+        adapters: Adapters = (),
     ) -> None:
         self.call = call
         self.spec = spec = call.spec
@@ -42,16 +51,32 @@ class FFNHalf:
             names = ["gate_up"]
         else:
             names = ["gate", "up"] if spec.gated else ["up"]
-        self.ups = Projections([f"mlp.{name}_proj" for name in names], weights)
+        names = [f"mlp.{name}_proj" for name in names]
+        self.ups = Projections(call, names, weights, adapters, inputs.seed)
         self.activation = (spec.hidden_act, spec.gated)
         self.norm = NormUse(call, weights, "ffn_norm", kept) if spec.pre_norm else None
-        self.branch = Branch(call, weights, "ffn", inputs.seed, kept)
+        self.branch = Branch(call, weights, "ffn", adapters, inputs.seed, kept)
+        self.p = spec.activation_dropout if call.dropout else 0.0
+        self.seed = inputs.seed
+
+    def _drop(self, x: Tensor, rows: slice) -> Tensor:
+        """Dropout of the hidden in place, or of what is linear in its gradient."""
+        if not self.p:
+            return x
+        assert self.seed is not None
+        return dropout_rows_(x, self.seed, self.p, rows.start, SITES["hidden"])
 
     def _normed(self, mid: Tensor, rows: slice) -> Tensor:
         """The normalised input of a chunk, in the compute dtype."""
         if self.norm is None:
             return mid.to(self.call.compute_dtype)
         return self.norm.apply(mid, rows)
+
+    def _activate(self, normed: Tensor | None, rows: slice, **written: Tensor | None) -> Tensor:
+        """The hidden, from the normed input of a chunk; `written` as `ffn_up` takes it."""
+        assert normed is not None
+        products = self.ups.low_rank.forward(normed, rows)
+        return self.call.ops.ffn_up(*self._up(normed), products=products, **written)
 
     def _up(
         self, normed: Tensor | None
@@ -61,14 +86,15 @@ class FFNHalf:
         return (normed, self.ups.weights, self.ups.biases, *self.activation)
 
     def forward(
-        self, mid: Tensor, keep: Set[str] = frozenset()
+        self, mid: Tensor, residual: Tensor, keep: Set[str] = frozenset()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The half's output, the first time or again: what was kept is read, not computed.
 
         A preact kept in eight bits is not read here: the output has to be the first one's.
 
         Args:
-            mid: `[tokens, h]`.
+            mid: `[tokens, h]`, the half's input; with a parallel residual that is x.
+            residual: `[tokens, h]`, what the half's output is added to.
             keep: names to leave in the second result.
 
         Returns:
@@ -79,7 +105,7 @@ class FFNHalf:
         layout = {
             "preact": (spec.preact_size, FP8 if "preact_scales" in keep else compute),
             "preact_scales": (spec.preact_scales, torch.float32),
-            "ffn_branch": (spec.hidden_size, compute),
+            "ffn_branch": (spec.hidden_size, mid.dtype if spec.norm_after_residual else compute),
         }
         out = {
             name: mid.new_empty(len(mid), width, dtype=dtype)
@@ -88,23 +114,25 @@ class FFNHalf:
         }
         z = torch.empty_like(mid)
         for rows in call.chunks():
-            part = mid[rows]
+            beside = residual[rows]
             if "ffn_branch" in kept:
-                self.branch.add(part, kept["ffn_branch"][rows], rows, z[rows])
+                self.branch.finish(kept["ffn_branch"][rows], beside, rows, z[rows])
                 continue
             if "preact" in kept and "preact_scales" not in kept:
                 hidden = ops.activation_forward(kept["preact"][rows], *self.activation)
             else:
-                hidden = ops.ffn_up(
-                    *self._up(self._normed(part, rows)),
+                hidden = self._activate(
+                    self._normed(mid[rows], rows),
+                    rows,
                     preact=out["preact"][rows] if "preact" in out else None,
                     scales=out["preact_scales"][rows] if "preact_scales" in out else None,
                 )
+            hidden = self._drop(hidden, rows)
             if self.branch.post is None:
-                self.branch.forward(part, hidden, rows, z[rows])
+                self.branch.forward(beside, hidden, rows, z[rows])
                 continue
-            projected = self.branch.project(hidden)
-            self.branch.add(part, projected, rows, z[rows])
+            projected = self.branch.project(hidden, beside, rows)
+            self.branch.finish(projected, beside, rows, z[rows])
             if "ffn_branch" in out:
                 out["ffn_branch"][rows] = projected
         norms = {"ffn_norm_stats": self.norm, "ffn_post_norm_stats": self.branch.post}
@@ -119,13 +147,13 @@ class FFNHalf:
         """The gradient of mid, and those of the weights.
 
         Args:
-            mid: `[tokens, h]`; None where nothing reads it.
+            mid: `[tokens, h]`, the half's input; None where nothing reads it.
             dz: `[tokens, h]`, the gradient of the half's output; only read.
             needs: what this half has to give.
             grads: where the weights' gradients go.
 
         Returns:
-            `[tokens, h]` in dz's dtype, or None where mid wants none.
+            `[tokens, h]` in dz's dtype, dz included, or None where mid wants none.
         """
         call, spec, kept = self.call, self.spec, self.kept
         dmid = torch.empty_like(dz) if needs.input else None
@@ -147,41 +175,54 @@ class FFNHalf:
                     projected = kept["ffn_branch"][rows]
                 else:
                     preact = dpreact
-                    hidden = call.ops.ffn_up(*self._up(normed), preact=preact)
-                    projected = self.branch.project(hidden)
-            dy = self.branch.backward(dz[rows], projected, rows, needs, grads)
+                    hidden = self._drop(self._activate(normed, rows, preact=preact), rows)
+                    projected = self.branch.project(hidden, part, rows)
+            residual, dsum = dz[rows], None
+            if spec.norm_after_residual and needs.branch:
+                residual = dsum = torch.empty_like(residual)
+            dy = self.branch.backward(dz[rows], projected, rows, needs, grads, dsum)
             if dy is None or not (needs.inner or needs.out):
                 continue
+            u = self.branch.narrow(dy, needs.inner, grads)
             if needs.inner:
                 hidden = self._backward_activation(
-                    dy, normed, preact, scales, dpreact, needs, grads
+                    self.branch.scaled(dy), u, normed, preact, scales, dpreact, rows, needs, grads
                 )
             elif hidden is None and preact is not None:
                 hidden = call.ops.activation_forward(preact, *self.activation, scales, dy.dtype)
+                hidden = self._drop(hidden, rows)
             elif hidden is None:
-                hidden = call.ops.ffn_up(*self._up(normed))
+                hidden = self._drop(self._activate(normed, rows), rows)
             if hidden is not None:
-                self.branch.backward_weight(dy, hidden, grads)
+                self.branch.backward_weight(dy, u, hidden, rows, grads)
             if needs.inner:
                 hidden = None
                 dpart = None if dmid is None else dmid[rows]
-                self._backward_input(dpreact, part, normed, dz[rows], dpart, rows, needs, grads)
+                self._backward_input(dpreact, part, normed, residual, dpart, rows, needs, grads)
         return dmid
 
     def _backward_activation(
         self,
         dy: Tensor,
+        u: Tensor | None,
         normed: Tensor | None,
         preact: Tensor | None,
         scales: Tensor | None,
         dpreact: Tensor,
+        rows: slice,
         needs: Needs,
         grads: WeightGrads,
     ) -> Tensor | None:
         """Down projection and activation: writes dpreact, gives the hidden."""
-        wanted = {"need_hidden": needs.out, "need_dbias": self.ups.want_biases(grads)}
+        want_biases = self.ups.want_biases(grads)
+        wanted: dict[str, Any] = {
+            "need_hidden": needs.out, "need_dbias": want_biases and not self.p,
+            **self.branch.low_rank.input_terms(u, rows),
+        }  # fmt: skip
         down = self.branch.weight
         if preact is None:
+            assert normed is not None
+            wanted["products"] = self.ups.low_rank.forward(normed, rows)
             hidden, dbias = self.call.ops.ffn_recompute_dact(
                 *self._up(normed), dy, down, dpreact, strategy=self.call.ffn_strategy, **wanted
             )
@@ -189,6 +230,12 @@ class FFNHalf:
             hidden, dbias = self.call.ops.ffn_dact(
                 dy, down, preact, *self.activation, dpreact, scales=scales, **wanted
             )
+        if self.p:  # dpreact is linear in the hidden's gradient: what drops out there is 0 here
+            for part in dpreact.chunk(2 if self.spec.gated else 1, -1):
+                self._drop(part, rows)
+            hidden = None if hidden is None else self._drop(hidden, rows)
+            if want_biases:
+                self.ups.backward_biases(dpreact, grads)
         if dbias is not None:
             self.ups.add_biases(dbias, grads)
         return hidden
@@ -198,28 +245,29 @@ class FFNHalf:
         dpreact: Tensor,
         mid: Tensor | None,
         normed: Tensor | None,
-        dz: Tensor,
+        residual: Tensor,
         dmid: Tensor | None,
         rows: slice,
         needs: Needs,
         grads: WeightGrads,
     ) -> None:
         """First projections and norm: writes dmid, adds to the weights' gradients."""
+        u = self.ups.narrow(dpreact, needs.input or needs.norm, grads)
         if needs.input or needs.norm:
-            dnormed = self.ups.backward_input(dpreact)
+            dnormed = self.ups.backward_input(dpreact, u, rows)
             if self.norm is not None:
                 assert mid is not None
                 again = None
                 if needs.projections and normed is None:
                     normed = again = torch.empty_like(dnormed)
-                residual = dz if self.call.residual else None
+                passed = residual if self.call.residual else None
                 self.norm.backward(
-                    dnormed, mid, rows, grads, residual=residual, dx=dmid, normed=again
+                    dnormed, mid, rows, grads, residual=passed, dx=dmid, normed=again
                 )
             elif dmid is not None:
-                torch.add(dz, dnormed, out=dmid)
+                torch.add(residual, dnormed, out=dmid)
         if needs.projections:
             if normed is None:
                 assert mid is not None
                 normed = self._normed(mid, rows)
-            self.ups.backward_weights(dpreact, normed, grads)
+            self.ups.backward_weights(dpreact, u, normed, rows, grads)

@@ -11,7 +11,7 @@ oneDNN's linear layer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,10 +28,11 @@ from backfuse.kernels.reference.cpu_attention import CPU
 from backfuse.kernels.reference.explicit_attention import AttentionMask, score_flops
 
 from .errors import nearest
-from .keep import INPUT, block_reads, half_needs
+from .keep import Needs, block_needs, block_reads
+from .lora import Adapters, AdaptersLike, all_parameters, parse_adapters, widths
 from .memory import check_dtype, check_sizes, wanted_set
 from .policy import Policy, PolicyLike
-from .spec import BlockSpec, check_spec
+from .spec import LAYER_SCALE, BlockSpec, check_spec
 
 aten = torch.ops.aten
 
@@ -101,6 +102,7 @@ def block_matmuls(
     tokens: int,
     scores: int,
     weighted: int,
+    adapters: Adapters = (),
 ) -> list[Matmul]:
     """The products of one block's training step, in order.
 
@@ -111,6 +113,7 @@ def block_matmuls(
         tokens: rows.
         scores: FLOPs of `Q K^T` (see `score_flops`).
         weighted: FLOPs of `P V`.
+        adapters: of its projections.
     """
     h, out = spec.hidden_size, spec.attn_out_size
     f, preact = spec.intermediate_size, spec.preact_size
@@ -120,7 +123,7 @@ def block_matmuls(
         elements = tokens * (depth + columns + fused) + depth * columns
         return Matmul(phase, name, 2 * tokens * depth * columns, elements)
 
-    residual = 0 if spec.post_norm else h  # added by the GEMM
+    residual = 0 if spec.post_norm and not spec.norm_after_residual else h  # added by the GEMM
     heads = tokens * (spec.qkv_size + out)
     stored = preact if "preact" in kept else 0
     forward = {
@@ -136,8 +139,7 @@ def block_matmuls(
     names = {branches.get(name, name) for name in rebuilt}
     found += [replace(again[name], phase="recompute") for name in again if name in names]
 
-    attn = half_needs(spec, "attn", wanted, INPUT in wanted)
-    ffn = half_needs(spec, "ffn", wanted, attn.anything)
+    attn, ffn = block_needs(spec, wanted)
     if ffn.inner:  # reads preact, writes its gradient and the activated hidden
         found.append(gemm("backward", "down_input", f, h, 2 * preact))
         if ffn.input or ffn.norm:
@@ -148,10 +150,79 @@ def block_matmuls(
         found.append(Matmul("backward", "attn_out_input", flops, 2 * heads))
         if attn.input or attn.norm:
             found.append(gemm("backward", "qkv_input", h, spec.qkv_size))
-    for name, shape in spec.parameters().items():
-        if name in wanted and len(shape) == 2:
+    for name, shape in all_parameters(spec, adapters).items():
+        if len(shape) == 2 and _computed(name, wanted):
             found.append(gemm("backward", name, *shape))
+    if adapters:
+        found += _adapter_matmuls(spec, adapters, names, wanted, gemm, {"attn": attn, "ffn": ffn})
     return found
+
+
+def _computed(name: str, wanted: frozenset[str]) -> bool:
+    """Whether a parameter's gradient is: it is wanted, or a layer scale's is made from it."""
+    if name in wanted or ".lora_A." in name:
+        return name in wanted
+    halves = {"self_attn.o_proj.": "attn", "mlp.down_proj.": "ffn"}
+    return any(
+        name.startswith(start) and LAYER_SCALE[half] in wanted for start, half in halves.items()
+    )
+
+
+#: What a half's projections make, and their names; the first of each half read its normed input.
+_GROUPS = {
+    "attn": {"qkv": ("q", "k", "v", "qkv"), "mid": ("o",)},
+    "ffn": {"preact": ("gate", "up", "gate_up"), "down": ("down",)},
+}
+
+
+def _adapter_matmuls(
+    spec: BlockSpec,
+    adapters: Adapters,
+    rebuilt: set[str],
+    wanted: frozenset[str],
+    gemm: Callable[..., Matmul],
+    needs: Mapping[str, Needs],
+) -> Iterator[Matmul]:
+    """The products of the adapters, but for A's and B's gradients (see `low_rank.py`).
+
+    Args:
+        spec: the block.
+        adapters: of its projections.
+        rebuilt: what a backward pass makes again, `down` included.
+        wanted: names of what wants a gradient.
+        gemm: makes one, of a phase, a name, columns and depth, and elements a token besides.
+        needs: of each half.
+    """
+    for half, groups in _GROUPS.items():
+        part = "self_attn" if half == "attn" else "mlp"
+        for group, members in groups.items():
+            own = {n: a for n, a in adapters if n in {f"{part}.{m}_proj" for m in members}}
+            if not own:
+                continue
+            first, need = group in ("qkv", "preact"), needs[half]
+            ranks = {name: sum(lora.rank for lora in several) for name, several in own.items()}
+            rank, depth = sum(ranks.values()), widths(spec, next(iter(own)))[1]
+            columns = {name: widths(spec, name)[0] for name in own}
+            names = [lora.parameters(n) for n, several in own.items() for lora in several]
+            for phase in ("forward", "recompute"):
+                if phase == "recompute" and group not in rebuilt:
+                    continue
+                yield gemm(phase, f"{group}_lora_a", rank, depth)
+                for name, r in ranks.items():
+                    width = columns[name]
+                    more = -width if group == "preact" else width  # added where it stands
+                    yield gemm(phase, f"{group}_lora_b", width, r, more)
+            if not (need.inner or (need.out and not first)):
+                continue
+            through = need.input or need.norm if first else need.inner
+            if through or any(a in wanted for a, _, _ in names):
+                for name, r in ranks.items():
+                    yield gemm("backward", f"{group}_lora_b_input", r, columns[name])
+            if through:
+                more = -depth if group == "down" else depth
+                yield gemm("backward", f"{group}_lora_a_input", depth, rank, more)
+            if any(_computed(b, wanted) for _, b, _ in names):
+                yield gemm("backward", f"{group}_lora_a", rank, depth)
 
 
 def _check_lengths(lengths: Sequence[int], batch_size: int, seq_len: int) -> None:
@@ -186,6 +257,7 @@ def block_flops(
     device: torch.device | str = "cpu",
     masked: bool = False,
     requires_grad: bool | Collection[str] = True,
+    adapters: AdaptersLike | Adapters | None = None,
     training: bool = True,
 ) -> Flops:
     """Matmul FLOPs of one block's training step.
@@ -200,6 +272,7 @@ def block_flops(
         device: where it runs: which attention kernel counts, and how.
         masked: whether an attention mask is given.
         requires_grad: names of what wants a gradient (see `kept_bytes`).
+        adapters: projection -> its `LoRA`, or several.
         training: whether dropout is active.
 
     Raises:
@@ -214,7 +287,8 @@ def block_flops(
     parsed.check_available()
     if lengths is not None:
         _check_lengths(lengths, batch_size, seq_len)
-    wanted = wanted_set(spec, requires_grad)
+    own = parse_adapters(spec, adapters)
+    wanted = wanted_set(spec, requires_grad, own)
     mask = AttentionMask(
         causal=spec.causal,
         window=spec.sliding_window,
@@ -232,6 +306,7 @@ def block_flops(
         for width in (spec.q_size, spec.attn_out_size)
     )
     totals = dict.fromkeys(("forward", "backward", "recompute"), 0)
-    for matmul in block_matmuls(spec, parsed, wanted, batch_size * seq_len, scores, weighted):
+    tokens = batch_size * seq_len
+    for matmul in block_matmuls(spec, parsed, wanted, tokens, scores, weighted, own):
         totals[matmul.phase] += matmul.flops
     return Flops(**totals)

@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,11 +27,19 @@ from .attention import AttentionHalf
 from .call import Call, Inputs, WeightGrads, cast_weights
 from .ffn import FFNHalf
 from .inputs import check_weights, prepare
-from .keep import INPUT, Needs, attention_reads, ffn_reads, half_needs, offloaded
+from .keep import INPUT, Needs, half_needs, half_reads, offloaded
+from .lora import (
+    Adapters,
+    AdaptersLike,
+    adapter_parameters,
+    all_parameters,
+    parse_adapters,
+    without_dropout,
+)
 from .offload import line
 from .policy import KEEP, Policy, PolicyLike
-from .replay import effective_policies
-from .run import Gradients, Kept, wanted_names
+from .replay import effective_policies, operators_matter
+from .run import Gradients, Kept, Layer, RunJob, wanted_names
 from .spec import BlockSpec, check_spec
 
 
@@ -45,8 +54,12 @@ class Job(Protocol):
     def label(self) -> str:
         """Whose it is, for messages."""
 
+    @property
+    def offloads(self) -> bool:
+        """Whether anything may go elsewhere than to the device's memory."""
+
     def away(self, kept: Kept) -> list[str]:
-        """Names of those kept tensors that go elsewhere than to the device's memory."""
+        """Names of those kept tensors that do."""
 
     def forward(self, x: Tensor, weights: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, Kept]:
         """The output `[tokens, h]`, and what is kept."""
@@ -67,6 +80,26 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     return _AS_IT_IS
 
 
+def refuse_second_derivative() -> None:
+    """Raise a ValueError in a backward pass that is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "create_graph is True, expected False: a backfuse block differentiates by hand "
+            "and cannot be differentiated twice. For a second derivative run the layer as "
+            "plain PyTorch under torch.utils.checkpoint(..., use_reentrant=False)."
+        )
+
+
+def _refuse_offload_in_capture() -> None:
+    """Raise a ValueError while a CUDA graph is captured, whose replays know no other memory."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "a policy offloads while a CUDA graph is captured, expected one that keeps or "
+            "recomputes: each step puts what it offloads elsewhere, and a graph replays the "
+            "addresses of one"
+        )
+
+
 class _Owner:
     """Owns a parcel in place of a saved tensor."""
 
@@ -82,6 +115,8 @@ class RecomputeFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: Job, inputs: Inputs, x: Tensor, *weights: Tensor) -> Tensor:
         """`x` is `[tokens, h]`, and so is the result."""
+        if job.offloads:
+            _refuse_offload_in_capture()
         with no_autocast(x):
             z, kept = job.forward(x, weights, inputs)
         ctx.parcel = token = None
@@ -98,12 +133,7 @@ class RecomputeFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
         """Rebuild what was dropped, and differentiate by hand."""
-        if torch.is_grad_enabled():
-            raise ValueError(
-                "create_graph is True, expected False: a backfuse block differentiates by hand "
-                "and cannot be differentiated twice. For a second derivative run the layer as "
-                "plain PyTorch under torch.utils.checkpoint(..., use_reentrant=False)."
-            )
+        refuse_second_derivative()
         job, count = ctx.job, len(Inputs._fields)
         saved = ctx.saved_tensors
         split = len(saved) - 1 - len(ctx.names)
@@ -127,8 +157,50 @@ def run_job(job: Job, inputs: Inputs, hidden_states: Tensor, weights: Sequence[T
     x = hidden_states.flatten(0, 1)
     if x.stride(-1) != 1:  # kernels read whole rows
         x = x.contiguous()
+    if operators_matter() and isinstance(job, RunJob | HalfJob):
+        from .ops import call_op  # which knows the jobs of this file
+
+        return call_op(job, inputs, x, weights).view(hidden_states.shape)
     z = RecomputeFunction.apply(job, inputs, x, *weights)
     return torch.ops.aten._unsafe_view(z, hidden_states.shape)
+
+
+def block(
+    hidden_states: Tensor,
+    weights: Mapping[str, Tensor],
+    spec: BlockSpec,
+    policy: Policy,
+    *,
+    adapters: Adapters = (),
+    offload_dir: Path | None = None,
+    **options: Any,
+) -> Tensor:
+    """One whole block on anybody's weights: what a `TransformerBlock` runs on its own.
+
+    Args:
+        hidden_states: `[batch, seq_len, hidden_size]`.
+        weights: the tensors `spec.parameters()` and `adapter_parameters` name, by those names.
+        spec: the block.
+        policy: what it keeps; it has to keep `x`.
+        adapters: of its projections, with the dropout that is active.
+        offload_dir: folder of the files that offloaded tensors go to; None: host memory.
+        options: see `TransformerBlock` and its `forward`; `training`: whether dropout is active.
+
+    Returns:
+        `[batch, seq_len, hidden_size]`, in hidden_states' dtype.
+
+    Raises:
+        TypeError: for a wrong dtype or kind.
+        ValueError: for a wrong shape, value or device.
+    """
+    call, inputs = prepare(
+        spec, hidden_states, lossy=policy.lossy, offload_dir=offload_dir, adapters=[adapters],
+        **options,
+    )  # fmt: skip
+    weights = check_weights(weights, all_parameters(spec, adapters), hidden_states, call)
+    [policy] = effective_policies([policy]) or [KEEP]
+    layer = Layer(policy, tuple(weights), wanted_names(hidden_states, weights), adapters)
+    return run_job(RunJob(call, (layer,), 0), inputs, hidden_states, list(weights.values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,39 +212,53 @@ class HalfJob:
         half: `"attn"` or `"ffn"`.
         names: of the half's parameters, in the order of its weights.
         wanted: the names that want a gradient, `INPUT` for the half's input.
-        needs: what the backward pass has to give.
-        keep: names of what the forward pass keeps.
         policy: what it keeps, and where.
+        adapters: of the half's projections.
     """
 
     call: Call
     half: str
     names: tuple[str, ...]
     wanted: frozenset[str]
-    needs: Needs
-    keep: frozenset[str]
     policy: Policy
+    adapters: Adapters = ()
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What the backward pass has to give."""
+        return half_needs(self.call.spec, self.half, self.wanted, INPUT in self.wanted)
+
+    @cached_property
+    def keep(self) -> frozenset[str]:
+        """Names of what the forward pass keeps."""
+        return half_reads(self.call.spec, self.half, self.policy, self.needs).kept
 
     @property
     def label(self) -> str:
         """For messages."""
         return "the attention half" if self.half == "attn" else "the FFN half"
 
+    @property
+    def offloads(self) -> bool:
+        """Whether anything may go elsewhere than to the device's memory."""
+        return self.policy.offloads
+
     def away(self, kept: Kept) -> list[str]:
         """Names of those kept tensors that go elsewhere."""
         return sorted(offloaded(self.policy, self.keep))
 
     def _cast(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
-        return cast_weights(dict(zip(self.names, weights, strict=True)), self.call.compute_dtype)
+        named = dict(zip(self.names, weights, strict=True))
+        return cast_weights(self.call.spec, named, self.call.compute_dtype)
 
     def forward(self, x: Tensor, weights: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, Kept]:
         named, keep = self._cast(weights), self.keep
         if self.half == "ffn":
-            z, kept = FFNHalf(self.call, named, inputs, {}).forward(x, keep)
+            z, kept = FFNHalf(self.call, named, inputs, {}, self.adapters).forward(x, x, keep)
             if "mid" in keep:
                 kept["mid"] = x
             return z, kept
-        attn = AttentionHalf(self.call, named, inputs, x, {}, keep)
+        attn = AttentionHalf(self.call, named, inputs, x, {}, keep, self.adapters)
         mid = attn.mid()
         return mid, {name: attn.values[name] for name in sorted(keep)}
 
@@ -180,25 +266,14 @@ class HalfJob:
         self, dz: Tensor, weights: Sequence[Tensor], inputs: Inputs, kept: Kept
     ) -> Gradients:
         call, named, needs = self.call, self._cast(weights), self.needs
-        grads = WeightGrads(call.ops, self.wanted)
+        grads = WeightGrads(call, self.names, weights, self.wanted)
         if self.half == "ffn":
-            dx = FFNHalf(call, named, inputs, kept).backward(kept.get("mid"), dz, needs, grads)
+            ffn = FFNHalf(call, named, inputs, kept, self.adapters)
+            dx = ffn.backward(kept.get("mid"), dz, needs, grads)
         else:
-            dx = AttentionHalf(call, named, inputs, kept.get("x"), kept).backward(dz, needs, grads)
-        return dx, grads.take(self.names, weights)
-
-
-@lru_cache(maxsize=4096)
-def half_job(
-    call: Call, half: str, names: tuple[str, ...], wanted: frozenset[str], policy: Policy
-) -> HalfJob:
-    """The job of one half, the same one for the same question."""
-    needs = half_needs(call.spec, half, wanted, INPUT in wanted)
-    if half == "ffn":
-        reads = ffn_reads(call.spec, policy, needs)
-    else:
-        reads = attention_reads(call.spec, policy, needs, read_mid=False)
-    return HalfJob(call, half, names, wanted, needs, reads.kept, policy)
+            attn = AttentionHalf(call, named, inputs, kept.get("x"), kept, adapters=self.adapters)
+            dx = attn.backward(dz, needs, grads)
+        return dx, grads.take()
 
 
 def _half(
@@ -208,17 +283,26 @@ def _half(
     weights: Mapping[str, Tensor],
     spec: BlockSpec,
     policy: PolicyLike,
+    adapters: AdaptersLike | None,
     **options: Any,
 ) -> Tensor:
     parsed = Policy.parse(policy)
     parsed.check_available()
+    own: Adapters = ()
+    if adapters:
+        found = parse_adapters(spec, adapters)
+        own = tuple(one for one in found if f"{one[0]}.weight" in shapes)
+        shapes = {**shapes, **adapter_parameters(spec, own)}
+        own = own if options["training"] else without_dropout(own)
     call, inputs = prepare(
-        spec, hidden_states, attention=half == "attn", lossy=parsed.lossy, **options
-    )
+        spec, hidden_states, attention=half == "attn", lossy=parsed.lossy, adapters=[own],
+        **options,
+    )  # fmt: skip
     weights = check_weights(weights, shapes, hidden_states, call)
-    [parsed] = effective_policies([parsed]) or [KEEP]
+    kind = "attention" if half == "attn" else "ffn"
+    [parsed] = effective_policies([parsed], kind=kind) or [KEEP]
     wanted = wanted_names(hidden_states, weights)
-    job = half_job(call, half, tuple(weights), wanted, parsed)
+    job = HalfJob(call, half, tuple(weights), wanted, parsed, own)
     return run_job(job, inputs, hidden_states, list(weights.values()))
 
 
@@ -228,6 +312,7 @@ def ffn(
     spec: BlockSpec,
     policy: PolicyLike = "selective",
     *,
+    adapters: AdaptersLike | None = None,
     training: bool = False,
     chunk_size: int | None = None,
     impl: str = "auto",
@@ -241,6 +326,8 @@ def ffn(
             `dict(block.named_parameters())` will do. Gradients flow to them.
         spec: the block it is half of.
         policy: of its activations only `preact` matters here.
+        adapters: projection -> its `LoRA`, or several; their tensors stand among the weights, by
+            the names of `adapter_parameters`. Those of the other half are ignored.
         training: whether dropout is active.
         chunk_size: tokens a chunk; None: the device's default.
         impl: which operations run: `"triton"` (kernels), `"reference"` (PyTorch), or `"auto"`: the
@@ -264,6 +351,7 @@ def ffn(
         weights,
         spec,
         policy,
+        adapters,
         training=training,
         chunk_size=chunk_size,
         impl=impl,
@@ -277,6 +365,7 @@ def attention(
     spec: BlockSpec,
     policy: PolicyLike = "selective",
     *,
+    adapters: AdaptersLike | None = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -292,6 +381,7 @@ def attention(
         weights: the tensors `spec.attention_parameters()` names, by those names; more are ignored.
         spec: the block it is half of.
         policy: of its activations `qkv` and `attn_out` matter here.
+        adapters: as in `ffn`.
         position_embeddings: see `TransformerBlock.forward`, and so the others.
         attention_mask: see position_embeddings.
         cu_seqlens: see position_embeddings.
@@ -315,6 +405,7 @@ def attention(
         weights,
         spec,
         policy,
+        adapters,
         position_embeddings=position_embeddings,
         attention_mask=attention_mask,
         cu_seqlens=cu_seqlens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,9 +19,12 @@ from backfuse.kernels.dispatch import (
     attention_core,
     operations,
 )
+from backfuse.kernels.reference.dropout import draw_seed
 
-from .call import CHUNK_SIZE, Call, Inputs
+from .call import CHUNK_SIZE, LATER, Call, Inputs
 from .errors import nearest
+from .lora import Adapters, drops
+from .remember import remembered
 from .spec import BlockSpec, check_spec
 
 
@@ -47,7 +50,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 Layout = tuple[torch.Size, torch.dtype, torch.device]
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def _check_layouts(
     names: tuple[str, ...],
     shapes: tuple[tuple[int, ...], ...],
@@ -68,9 +71,9 @@ def _check_layouts(
 
 
 def _check_weight_dtype(name: str, given: torch.dtype, dtype: torch.dtype, autocast: bool) -> None:
-    if autocast:
-        expected = [torch.float32, torch.bfloat16, torch.float16]
-        reason = "under autocast"
+    if autocast or ".lora_" in name:
+        expected = list(dict.fromkeys((torch.float32, torch.bfloat16, torch.float16, dtype)))
+        reason = "under autocast" if autocast else "as adapters may be"
     elif "_proj." in name:
         expected = [dtype]
         reason = "the dtype of hidden_states; mixed precision is torch.autocast's business"
@@ -87,8 +90,8 @@ def check_weights(
 ) -> dict[str, Tensor]:
     """The weights of a half or a block, in the order of `shapes`.
 
-    Outside autocast projections have the input's dtype, and norms that or fp32; under autocast
-    each may be fp32, bf16 or fp16.
+    Outside autocast projections have the input's dtype, norms that or fp32, and adapters that or
+    any of those that under autocast each may have: fp32, bf16 or fp16.
 
     Raises:
         TypeError: for weights that are no mapping of tensors, or a dtype that does not fit.
@@ -128,7 +131,7 @@ def check_hidden_states(x: object, spec: BlockSpec) -> Tensor:
     return x
 
 
-def _check_cu_seqlens(cu_seqlens: object, max_seqlen: int | None, x: Tensor) -> Tensor:
+def check_cu_seqlens(cu_seqlens: object, max_seqlen: int | None, x: Tensor) -> Tensor:
     tokens = x.shape[0] * x.shape[1]
     if (
         not isinstance(cu_seqlens, Tensor)
@@ -149,7 +152,8 @@ def _check_cu_seqlens(cu_seqlens: object, max_seqlen: int | None, x: Tensor) -> 
             f"({x.device})"
         )
     # Reading offsets from a GPU makes the call wait for it, which max_seqlen is there to spare.
-    if cu_seqlens.is_cpu or max_seqlen is None:
+    # A traced call has none to read yet: the op that runs later does.
+    if (cu_seqlens.is_cpu or max_seqlen is None) and not torch.compiler.is_compiling():
         offsets = cu_seqlens.tolist()
         if not offsets or offsets[0] != 0 or offsets[-1] != tokens or offsets != sorted(offsets):
             raise ValueError(
@@ -197,7 +201,7 @@ def _position_embeddings(
         return None, None
     batch, seq_len = x.shape[:2]
     if given is None:
-        if spec.rope_theta is None:
+        if "rope_theta" not in spec.there:
             raise ValueError(
                 "position_embeddings is None, expected (cos, sin): this spec has no rope_theta to "
                 "compute them from"
@@ -235,7 +239,7 @@ def _position_embeddings(
 
 
 @lru_cache(maxsize=4096)
-def _call(
+def plain_call(
     spec: BlockSpec,
     batch_size: int,
     seq_len: int,
@@ -251,7 +255,7 @@ def _call(
     attention: bool,
     offload_dir: Path | None,
 ) -> Call:
-    """The call, the same one for the same question."""
+    """The call with its operations' own attention, the same one for the same question."""
     width = max(spec.hidden_size, spec.q_size)
     head_dim = max(spec.head_dim, spec.v_head_dim) if attention else 0
     compute_dtype = autocast_dtype or dtype
@@ -265,6 +269,7 @@ def _call(
         chunk_size=chunk_size,
         ops=ops,
         core=ops,
+        impl=impl,
         ffn_strategy=ffn_strategy,
         dropout=dropout,
         max_seqlen=max_seqlen,
@@ -276,6 +281,12 @@ def _call(
 def _with_core(call: Call, core: Operations | Core) -> Call:
     """The call with that attention, the same one each time."""
     return replace(call, core=core)
+
+
+def with_attention(call: Call, inputs: Inputs, device: torch.device) -> Call:
+    """The call with the attention that its `impl` chooses for these inputs."""
+    request = call.attention_request(inputs, device)
+    return _with_core(call, attention_core(call.impl, call.ops, request))
 
 
 def prepare(
@@ -294,6 +305,7 @@ def prepare(
     layers: int = 1,
     attention: bool = True,
     offload_dir: Path | None = None,
+    adapters: Iterable[Adapters] = (),
 ) -> tuple[Call, Inputs]:
     """Check a call's arguments and put them in order.
 
@@ -312,6 +324,7 @@ def prepare(
         layers: how many layers the call runs through: each drops out with a seed of its own.
         attention: whether the call has an attention half.
         offload_dir: folder of the files that offloaded tensors go to; None: host memory.
+        adapters: the layers', with the dropout that is active.
 
     Raises:
         TypeError: for something of the wrong kind or dtype.
@@ -334,25 +347,31 @@ def prepare(
     cos = sin = None
     if attention:
         if cu_seqlens is not None:
-            cu_seqlens = _check_cu_seqlens(cu_seqlens, max_seqlen, x)
+            cu_seqlens = check_cu_seqlens(cu_seqlens, max_seqlen, x)
         if attention_mask is not None:
             attention_mask = _check_mask(attention_mask, spec, x)
         cos, sin = _position_embeddings(position_embeddings, spec, x)
-    dropout = training and (spec.residual_dropout > 0 or (attention and spec.attention_dropout > 0))
+    kinds = {"residual_dropout", "activation_dropout"}
+    if attention:
+        kinds |= {"attention_dropout"}
+    dropout = training and not spec.there.isdisjoint(kinds)
     seed = None
-    if dropout:
-        # Drawn from PyTorch's generator: torch.manual_seed and an outer checkpoint's RNG state
-        # govern it, and a CUDA graph draws anew at each replay.
-        seed = torch.randint(2**63 - 1, (layers,), device=x.device, dtype=torch.int64)
-    call = _call(
-        spec, x.shape[0], x.shape[1], x.dtype, _autocast_dtype(x), x.device, chunk_size, impl,
+    if dropout or any(map(drops, adapters)):
+        traced = torch.compiler.is_compiling()
+        seed = torch.ops.backfuse.draw_seed(x, layers) if traced else draw_seed(x, layers)
+    inputs = Inputs(cos, sin, attention_mask, cu_seqlens, seed)
+    autocast_dtype = _autocast_dtype(x)
+    if torch.compiler.is_compiling():  # sizes may be symbols, by which nothing can be chosen
+        call = Call(
+            spec, x.shape[0], x.shape[1], autocast_dtype or x.dtype, autocast_dtype is not None,
+            chunk_size, LATER, LATER, impl, ffn_strategy, dropout, max_seqlen, offload_dir,
+        )  # fmt: skip
+        return call, inputs
+    call = plain_call(
+        spec, x.shape[0], x.shape[1], x.dtype, autocast_dtype, x.device, chunk_size, impl,
         ffn_strategy, dropout, max_seqlen, lossy, attention, offload_dir,
     )  # fmt: skip
-    inputs = Inputs(cos, sin, attention_mask, cu_seqlens, seed)
-    if attention:
-        core = attention_core(impl, call.ops, call.attention_request(inputs, x.device))
-        call = _with_core(call, core)
-    return call, inputs
+    return (with_attention(call, inputs, x.device) if attention else call), inputs
 
 
 def check_impl(impl: str, ffn_strategy: str = "auto") -> None:

@@ -10,13 +10,16 @@ Kept tensors and their shapes, for `n` tokens:
     x                 [n, h]        block input, in the residual's dtype
     qkv               [n, q + 2kv]  in the compute dtype
     attn_out          [n, q]        with lse: fp32, one a head and token
-    mid               [n, h]        in the residual's dtype
+    mid               [n, h]        in the residual's dtype; with a parallel residual nobody reads
+                                    it again, and no policy keeps it: the FFN reads x
     attn_branch       [n, h]        with a post-norm, in place of mid: the output projection
-                                    before that norm; mid is rebuilt from it without a GEMM
+                                    before that norm, or what a norm after the residual reads:
+                                    its sum with x, in the residual's dtype; mid is rebuilt from
+                                    it without a GEMM
     preact            [n, 2f or f]  in e4m3 if the action is fp8
     preact_scales     [n, tiles]    with a preact in e4m3: fp32, one a 1 x 128 tile
     ffn_branch        [n, h]        with a post-norm, beside preact: the down projection before
-                                    that norm
+                                    that norm, or its sum with mid
     <norm>_stats      [1 or 2, n]   rstd (and mean) of each norm that is read again, fp32
 """
 
@@ -27,7 +30,7 @@ from functools import cache
 from typing import NamedTuple
 
 from .policy import Policy
-from .spec import BlockSpec
+from .spec import LAYER_SCALE, BlockSpec
 
 #: The name under which the input of a block, or of a half, is listed among what needs a gradient.
 INPUT = "hidden_states"
@@ -40,11 +43,12 @@ class Needs:
     Attributes:
         input: the gradient of the half's input.
         norm: gradients of the pre-norm's parameters.
-        projections: gradients of the weights that read the normed input.
+        projections: gradients of the weights that read the normed input, adapters' included.
         inner: any gradient on the far side of the half's activation: of the input, the pre-norm,
             the first projections (weights or biases), qk-norm.
-        out: the gradient of the output projection's weight.
-        branch: `inner`, or anything of the output projection.
+        out: gradients that read the output projection's input: of its weight, of its adapters, or
+            of a layer scale, which is computed from the weight's.
+        branch: `inner`, or anything of the output projection or a layer scale.
         post: gradients of the post-norm's parameters.
     """
 
@@ -73,23 +77,39 @@ def half_needs(spec: BlockSpec, half: str, wanted: frozenset[str], need_input: b
         need_input: whether the gradient of the half's input is wanted.
     """
     shapes = spec.attention_parameters() if half == "attn" else spec.ffn_parameters()
-    names = wanted & shapes.keys()
+    names = {n for n in wanted if n in shapes or f"{n.split('.lora_')[0]}.weight" in shapes}
     pre, post = (spec.norm_names.get(f"{half}_{role}", "-") for role in ("norm", "post_norm"))
     out_name = "self_attn.o_proj" if half == "attn" else "mlp.down_proj"
     norm = any(name.startswith(f"{pre}.") for name in names)
     post_norm = any(name.startswith(f"{post}.") for name in names)
     out = {name for name in names if name.startswith(out_name)}
+    scale = LAYER_SCALE[half] in names
     first = {name for name in names if name.startswith(("self_attn.", "mlp."))} - out
     inner = need_input or norm or bool(first)
     return Needs(
         input=need_input,
         norm=norm,
-        projections=any(name.endswith("_proj.weight") for name in first),
+        projections=any("_proj." in name and name.endswith(".weight") for name in first),
         inner=inner,
-        out=f"{out_name}.weight" in out,
-        branch=inner or bool(out),
+        out=scale or any(name.endswith(".weight") for name in out),
+        branch=scale or inner or bool(out),
         post=post_norm,
     )
+
+
+@cache
+def block_needs(spec: BlockSpec, wanted: frozenset[str]) -> tuple[Needs, Needs]:
+    """What the backward passes of both halves have to give: the attention's, the FFN's.
+
+    Args:
+        spec: the block.
+        wanted: names of what wants a gradient, `INPUT` for the block's input.
+    """
+    need_input = INPUT in wanted
+    attn = half_needs(spec, "attn", wanted, need_input)
+    if not spec.parallel_residual:
+        need_input = attn.anything
+    return attn, half_needs(spec, "ffn", wanted, need_input)
 
 
 #: Kept tensors that may be offloaded -> the activation whose action says so. LSE, the norms'
@@ -186,11 +206,22 @@ def attention_reads(spec: BlockSpec, policy: Policy, needs: Needs, read_mid: boo
         rebuild_qkv = read("qkv", "qkv")
     normed = needs.projections or rebuild_qkv
     normed_backward = spec.pre_norm and (needs.input or needs.norm)
-    if normed or normed_backward or (read_mid and (rebuild_middle or spec.post_norm)):
+    if spec.norm_after_residual:
+        residual = rebuild_middle
+    else:
+        residual = read_mid and (rebuild_middle or spec.post_norm)
+    if normed or normed_backward or residual:
         kept.add("x")
     if spec.pre_norm and (normed or normed_backward):
         kept.add("attn_norm_stats")
     return Reads(frozenset(kept), frozenset(rebuilt))
+
+
+def half_reads(spec: BlockSpec, half: str, policy: Policy, needs: Needs) -> Reads:
+    """What the backward pass of one half alone reads; the FFN half's input is named `mid`."""
+    if half == "ffn":
+        return ffn_reads(spec, policy, needs)
+    return attention_reads(spec, policy, needs, read_mid=False)
 
 
 @cache
@@ -202,7 +233,11 @@ def block_reads(spec: BlockSpec, policy: Policy, wanted: frozenset[str]) -> Read
         policy: what it keeps. `x` counts as kept: dropping it is its segment's business.
         wanted: names that need a gradient: parameters, and `INPUT` for the block's input.
     """
-    attn = half_needs(spec, "attn", wanted, INPUT in wanted)
-    ffn = ffn_reads(spec, policy, half_needs(spec, "ffn", wanted, attn.anything))
-    own = attention_reads(spec, policy, attn, "mid" in ffn.kept)
-    return Reads((ffn.kept - {"mid"}) | own.kept, ffn.rebuilt | own.rebuilt)
+    attn_needs, ffn_needs = block_needs(spec, wanted)
+    ffn = ffn_reads(spec, policy, ffn_needs)
+    read = "mid" in ffn.kept
+    attn = attention_reads(spec, policy, attn_needs, read and not spec.parallel_residual)
+    of_ffn = ffn.kept - {"mid"}
+    if read and spec.parallel_residual:
+        of_ffn |= {"x"}
+    return Reads(of_ffn | attn.kept, ffn.rebuilt | attn.rebuilt)

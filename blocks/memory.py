@@ -15,6 +15,7 @@ import torch
 from backfuse.kernels.reference.norm import accumulate_dtype
 
 from .keep import INPUT, block_reads, offloaded
+from .lora import Adapters, AdaptersLike, adapter_parameters, drops, parse_adapters
 from .policy import Policy, PolicyLike
 from .spec import BlockSpec, check_spec
 
@@ -22,14 +23,18 @@ from .spec import BlockSpec, check_spec
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def wanted_set(spec: BlockSpec, requires_grad: bool | Collection[str]) -> frozenset[str]:
+def wanted_set(
+    spec: BlockSpec,
+    requires_grad: bool | Collection[str],
+    adapters: AdaptersLike | Adapters | None = None,
+) -> frozenset[str]:
     """Names that want a gradient, from what a user says of them.
 
     Raises:
         TypeError: for something else than names.
         ValueError: for a name that is neither a parameter nor `hidden_states`.
     """
-    known = {INPUT, *spec.parameters()}
+    known = {INPUT, *spec.parameters(), *adapter_parameters(spec, adapters)}
     if isinstance(requires_grad, bool):
         return frozenset(known if requires_grad else ())
     if isinstance(requires_grad, str) or not isinstance(requires_grad, Collection):
@@ -66,6 +71,7 @@ def kept_bytes(
     dtype: torch.dtype = torch.float32,
     autocast_dtype: torch.dtype | None = None,
     requires_grad: bool | Collection[str] = True,
+    adapters: AdaptersLike | Adapters | None = None,
     training: bool = True,
 ) -> dict[str, int]:
     """Bytes that one block keeps on the device between its forward and its backward pass.
@@ -82,6 +88,8 @@ def kept_bytes(
         autocast_dtype: of the GEMMs' operands under autocast; None: off.
         requires_grad: names of what wants a gradient, parameters and `"hidden_states"`; or True
             for all and False for nothing.
+        adapters: projection -> its `LoRA`, or several. They keep nothing themselves; what their
+            gradients read is kept, and `requires_grad` may name their parameters.
         training: whether dropout is active.
 
     Returns:
@@ -94,7 +102,8 @@ def kept_bytes(
     """
     everything, away = _everything(
         spec, policy, batch_size=batch_size, seq_len=seq_len, dtype=dtype,
-        autocast_dtype=autocast_dtype, requires_grad=requires_grad, training=training,
+        autocast_dtype=autocast_dtype, requires_grad=requires_grad, adapters=adapters,
+        training=training,
     )  # fmt: skip
     return {name: size for name, size in everything.items() if name not in away}
 
@@ -121,6 +130,7 @@ def _everything(
     dtype: torch.dtype = torch.float32,
     autocast_dtype: torch.dtype | None = None,
     requires_grad: bool | Collection[str] = True,
+    adapters: AdaptersLike | Adapters | None = None,
     training: bool = True,
 ) -> tuple[dict[str, int], frozenset[str]]:
     """Bytes of everything that is kept, and the names of what is kept elsewhere."""
@@ -131,12 +141,14 @@ def _everything(
         check_dtype("autocast_dtype", autocast_dtype)
     parsed = Policy.parse(policy)
     parsed.check_available()
-    wanted = wanted_set(spec, requires_grad)
+    own = parse_adapters(spec, adapters)
+    wanted = wanted_set(spec, requires_grad, own)
     kept = block_reads(spec, parsed, wanted).kept - (set() if parsed.keeps("x") else {"x"})
     tokens = batch_size * seq_len
     compute = autocast_dtype if autocast_dtype and dtype != torch.float64 else dtype
     stats = accumulate_dtype(dtype).itemsize * (2 if spec.norm == "layernorm" else 1)
     post_stats = accumulate_dtype(compute).itemsize * (2 if spec.norm == "layernorm" else 1)
+    branch = dtype if spec.norm_after_residual else compute
     per_token = {
         "x": spec.hidden_size * dtype.itemsize,
         "qkv": spec.qkv_size * compute.itemsize,
@@ -144,8 +156,8 @@ def _everything(
         "mid": spec.hidden_size * dtype.itemsize,
         "preact": spec.preact_size * (1 if parsed.preact == "fp8" else compute.itemsize),
         "preact_scales": spec.preact_scales * torch.float32.itemsize,
-        "attn_branch": spec.hidden_size * compute.itemsize,
-        "ffn_branch": spec.hidden_size * compute.itemsize,
+        "attn_branch": spec.hidden_size * branch.itemsize,
+        "ffn_branch": spec.hidden_size * branch.itemsize,
         "lse": spec.num_attention_heads * accumulate_dtype(compute).itemsize,
         "attn_norm_stats": stats,
         "ffn_norm_stats": stats,
@@ -153,6 +165,7 @@ def _everything(
         "ffn_post_norm_stats": post_stats,
     }
     result = {name: tokens * size for name, size in per_token.items() if name in kept}
-    if training and wanted and (spec.attention_dropout or spec.residual_dropout):
+    dropouts = spec.attention_dropout, spec.residual_dropout, spec.activation_dropout
+    if training and wanted and (any(dropouts) or drops(own)):
         result["seed"] = 8
     return result, offloaded(parsed, kept)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .block import TransformerBlock
 from .call import Call, Inputs
-from .function import HalfJob, half_job, run_job
+from .function import HalfJob, run_job
 from .inputs import check_hidden_states, check_weights, prepare
 from .policy import KEEP
 from .replay import effective_policies
@@ -54,6 +54,8 @@ _all_gather, _reduce_scatter = (
 EXPECTED = {
     "norm_position": "pre", "stacked_qkv": False, "stacked_gate_up": False, "o_bias": False,
     "down_bias": False, "attention_dropout": 0.0, "residual_dropout": 0.0,
+    "activation_dropout": 0.0, "residual_multiplier": 1.0, "parallel_residual": False,
+    "layer_scale": False, "conv1d": False,
 }  # fmt: skip
 
 #: Ends of the names of parameters that are split -> the dimension; the others are on every rank.
@@ -154,7 +156,12 @@ class Parallel:
             offload_dir=block.offload_dir,
         )  # fmt: skip
         call = _partial(call)
-        parts: dict[str, Any] = dict(block.weights())  # DTensors
+        named, adapters = block.weights()
+        parts: dict[str, Any] = named  # DTensors
+        if adapters:
+            raise ValueError(
+                f"{adapters[0][0]} has adapters, expected none in a block that is split over ranks"
+            )
         weights = {name: part.to_local() for name, part in parts.items()}
         weights = check_weights(weights, self.spec.parameters(), hidden_states, call)
         [policy] = effective_policies([block.policy]) or [KEEP]
@@ -162,7 +169,7 @@ class Parallel:
         for half, shapes in halves:
             named = {name: weights[name] for name in shapes}
             wanted = wanted_names(hidden_states, named)
-            job = ParallelJob(half_job(call, half, tuple(named), wanted, policy), self)
+            job = ParallelJob(HalfJob(call, half, tuple(named), wanted, policy), self)
             side = inputs if half == "attn" else Inputs()
             hidden_states = run_job(job, side, hidden_states, list(named.values()))
         return hidden_states
@@ -206,6 +213,11 @@ class ParallelJob:
     def input(self) -> str:
         """The name under which the half keeps its input."""
         return "x" if self.half.half == "attn" else "mid"
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything does."""
+        return self.half.offloads
 
     def away(self, kept: Kept) -> list[str]:
         """Names of those kept tensors that go elsewhere."""

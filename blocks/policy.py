@@ -52,6 +52,8 @@ class Policy:
                     f"the action of {name} is {action!r}, expected one of {', '.join(ACTIONS)}"
                     + nearest(action, ACTIONS)
                 )
+        for name in ("offloads", "lossy", "_obstacle"):  # torch.compile cannot trace their lock
+            getattr(self, name)
 
     @classmethod
     def parse(cls, value: PolicyLike) -> Policy:

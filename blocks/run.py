@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .attention import AttentionHalf
-from .call import Call, Inputs, WeightGrads, cast_weights
+from .call import Call, Inputs, WeightGrads, Weights, cast_weights
 from .ffn import FFNHalf
-from .keep import INPUT, block_reads, ffn_reads, half_needs, offloaded
+from .keep import INPUT, block_needs, block_reads, ffn_reads, offloaded
+from .lora import Adapters
 from .policy import Policy
+from .spec import BlockSpec
 
 Kept = dict[str, Tensor]
 Gradients = tuple[Tensor | None, list[Tensor | None]]
@@ -26,11 +28,13 @@ class Layer:
         policy: what it keeps.
         names: its parameters' names, in the order of its weights.
         wanted: the names that want a gradient, `INPUT` for the block's input.
+        adapters: of its projections.
     """
 
     policy: Policy
     names: tuple[str, ...]
     wanted: frozenset[str]
+    adapters: Adapters = ()
 
 
 def wanted_names(x: Tensor, weights: Mapping[str, Tensor]) -> frozenset[str]:
@@ -61,43 +65,58 @@ class LayerPass:
 
     def _cast(self) -> dict[str, Tensor]:
         named = dict(zip(self.layer.names, self.weights, strict=True))
-        return cast_weights(named, self.call.compute_dtype)
+        return cast_weights(self.call.spec, named, self.call.compute_dtype)
+
+    def _attention(
+        self, weights: Weights, x: Tensor | None, keep: Set[str] = frozenset()
+    ) -> AttentionHalf:
+        own = self.layer.adapters
+        return AttentionHalf(self.call, weights, self.inputs, x, self.kept, keep, own)
+
+    def _ffn(self, weights: Weights) -> FFNHalf:
+        return FFNHalf(self.call, weights, self.inputs, self.kept, self.layer.adapters)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
         """The block's output `[tokens, h]`, and what it keeps."""
         weights = self._cast()
         keep = block_reads(self.call.spec, self.layer.policy, self.layer.wanted).kept
-        attn = AttentionHalf(self.call, weights, self.inputs, x, {}, keep)
+        attn = self._attention(weights, x, keep)
         mid = attn.mid()
         kept = {name: attn.values[name] for name in keep & attn.values.keys()}
         del attn
-        z, of_ffn = FFNHalf(self.call, weights, self.inputs, {}).forward(mid, keep)
+        ffn_input = self._ffn_input(x, mid)
+        z, of_ffn = self._ffn(weights).forward(ffn_input, mid, keep)
         return z, kept | of_ffn
 
     def output(self, x: Tensor) -> Tensor:
         """The block's output again, computing only what is not kept."""
         weights = self._cast()
-        mid = AttentionHalf(self.call, weights, self.inputs, x, self.kept).mid()
-        return FFNHalf(self.call, weights, self.inputs, self.kept).forward(mid)[0]
+        mid = self._attention(weights, x).mid()
+        return self._ffn(weights).forward(self._ffn_input(x, mid), mid)[0]
+
+    def _ffn_input(self, x: Tensor, mid: Tensor) -> Tensor:
+        return x if self.call.spec.parallel_residual else mid
 
     def backward(self, x: Tensor | None, dz: Tensor | None) -> Gradients:
         """The gradient of the input, and those of the weights; None where not wanted."""
         call, layer = self.call, self.layer
-        grads = WeightGrads(call.ops, layer.wanted)
-        attn_needs = half_needs(call.spec, "attn", layer.wanted, INPUT in layer.wanted)
-        ffn_needs = half_needs(call.spec, "ffn", layer.wanted, attn_needs.anything)
+        grads = WeightGrads(call, layer.names, self.weights, layer.wanted)
+        attn_needs, ffn_needs = block_needs(call.spec, layer.wanted)
         dx = None
         if dz is not None and (attn_needs.anything or ffn_needs.anything):
             weights = self._cast()
-            attn = AttentionHalf(call, weights, self.inputs, x, self.kept)
-            ffn = FFNHalf(call, weights, self.inputs, self.kept)
+            attn, ffn = self._attention(weights, x), self._ffn(weights)
             reads_mid = "mid" in ffn_reads(call.spec, layer.policy, ffn_needs).kept
-            dmid = ffn.backward(attn.mid() if reads_mid else None, dz, ffn_needs, grads)
+            if call.spec.parallel_residual:
+                dsum = ffn.backward(x, dz, ffn_needs, grads) if ffn_needs.anything else None
+                dmid = dz if attn_needs.anything else None
+            else:
+                dmid = dsum = ffn.backward(attn.mid() if reads_mid else None, dz, ffn_needs, grads)
             del ffn
             attn.values.pop("mid", None)
             if dmid is not None:
-                dx = attn.backward(dmid, attn_needs, grads)
-        return dx, grads.take(layer.names, self.weights)
+                dx = attn.backward(dmid, attn_needs, grads, dsum)
+        return dx, grads.take()
 
 
 #: Layers of a run, by index; a tuple is a segment, whose parts may be segments again.
@@ -124,6 +143,11 @@ class RunJob:
     tree: Tree
     label: str = "the block"
 
+    @property
+    def offloads(self) -> bool:
+        """Whether anything may go elsewhere than to the device's memory."""
+        return any(layer.policy.offloads for layer in self.layers)
+
     def away(self, kept: Kept) -> list[str]:
         """Names of those kept tensors that go elsewhere."""
         names = []
@@ -135,6 +159,17 @@ class RunJob:
             )
             names += [f"{index}.{name}" for name in sorted(offloaded(layer.policy, own))]
         return names
+
+    @staticmethod
+    def kept_names(spec: BlockSpec, layers: Sequence[Layer]) -> list[str]:
+        """Names of what a run keeps, as `forward` gives them."""
+        names: list[str] = []
+        if len(layers) > 1 and any(layer.wanted for layer in layers):
+            names.append("0.x")
+        for index, layer in enumerate(layers):
+            own = block_reads(spec, layer.policy, layer.wanted).kept
+            names += [f"{index}.{name}" for name in sorted(own) if name != "x" or not index]
+        return list(dict.fromkeys(names))
 
     def _passes(self, weights: Sequence[Tensor], inputs: Inputs, kept: Kept) -> list[LayerPass]:
         passes, start = [], 0

@@ -3,16 +3,22 @@
     mid = x   + [residual dropout][post-norm] Wo attention(rope(qk_norm(Wqkv [pre-norm] x)))
     z   = mid + [residual dropout][post-norm] Wdown(act(Wgate n) * (Wup n)),   n = [pre-norm] mid
 
+The original transformer's norms stand on the sums instead: `mid = norm(x + ...)`. With a parallel
+residual both halves read x: `n = [pre-norm] x`.
+
+What a half adds may be multiplied by `residual_multiplier`.
+
 Every family is a choice of the fields below; none is a subclass. Sizes have Hugging Face's names,
 and so have the parameters: a Hugging Face layer's `state_dict` loads as it is.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from backfuse.kernels.reference.activation import ACTIVATIONS
 from backfuse.kernels.reference.fp8 import scale_count
@@ -22,7 +28,7 @@ from backfuse.kernels.reference.qk_rope import QKSpec
 from .errors import nearest
 
 Norm = Literal["rmsnorm", "layernorm"]
-NormPosition = Literal["pre", "post", "both"]
+NormPosition = Literal["pre", "post", "both", "after_residual"]
 QKNorm = Literal["head", "full"]
 RopeLayout = Literal["half", "interleaved"]
 
@@ -43,10 +49,14 @@ HIDDEN_ACTS = {
 }
 
 
+#: Half -> the factors of a layer scale, by Hugging Face's names.
+LAYER_SCALE = {"attn": "layer_scale1.lambda1", "ffn": "layer_scale2.lambda1"}
+
 #: Fields that are either on or off.
 FLAGS = (
     "norm_bias", "norm_round_first", "gated", "qkv_bias", "o_bias", "up_bias", "down_bias",
-    "causal", "attention_sinks", "stacked_qkv", "stacked_gate_up",
+    "causal", "attention_sinks", "stacked_qkv", "qkv_per_head", "stacked_gate_up",
+    "parallel_residual", "shared_norm", "conv1d", "layer_scale",
 )  # fmt: skip
 
 
@@ -80,7 +90,11 @@ class BlockSpec:
         norm_round_first: whether the normalised value is rounded to the input's dtype before it
             meets the weight (Llama) or after (Gemma, OLMo 2, LayerNorm); None: by the norm.
         norm_position: `"pre"`: before each half; `"post"`: on each half's output, before the
-            residual is added (OLMo 2); `"both"` (Gemma 2).
+            residual is added (OLMo 2); `"both"` (Gemma 2); `"after_residual"`: on the sum of each
+            half's output and the residual (the original transformer, BERT).
+        parallel_residual: whether the FFN reads the block's input, as the attention does, and not
+            the attention's result (GPT-NeoX).
+        shared_norm: with a parallel residual: whether one norm stands before both halves (GPT-J).
         hidden_act: `silu`, `gelu` (erf), `gelu_tanh`, `relu`, `relu2`; Hugging Face's names too.
         gated: whether the FFN has a gate (SwiGLU, GeGLU).
         qkv_bias: whether q, k and v have biases; o_bias, up_bias (gate and up), down_bias likewise.
@@ -97,12 +111,21 @@ class BlockSpec:
         sliding_window: a token sees keys less than this far away; None: all.
         attn_logit_softcapping: scores become `cap * tanh(score / cap)`; None: they stay.
         attention_scale: factor on the scores; None: `head_dim ** -0.5`.
+        residual_multiplier: factor on what each half adds to the residual (Granite).
+        layer_scale: whether each half's output has a learnt factor a channel (DINOv2): the
+            parameters `layer_scale1.lambda1` and `layer_scale2.lambda1`.
         attention_sinks: whether each query head has a learnt logit that takes part in its softmax
             and in nothing else (GPT-OSS): the parameter `self_attn.sinks`.
         attention_dropout: probability of dropping a softmax weight, in training.
         residual_dropout: probability of dropping an element of a half's output, in training.
-        stacked_qkv: one `self_attn.qkv_proj` instead of three projections.
+        activation_dropout: probability of dropping an element of the FFN's activated hidden, in
+            training (`torch.nn.TransformerEncoderLayer`).
+        stacked_qkv: one `self_attn.qkv_proj` instead of three projections: q, k, v.
+        qkv_per_head: whether its rows go by key heads, each with its query heads, itself and its
+            value head (GPT-NeoX), and not all q first.
         stacked_gate_up: one `mlp.gate_up_proj` instead of two.
+        conv1d: whether the projections' weights are `[in, out]` (GPT-2's `Conv1D`), and not
+            `[out, in]`.
 
     Raises:
         ValueError: for sizes that do not divide and values that are not known.
@@ -120,6 +143,8 @@ class BlockSpec:
     norm_offset: float = 0.0
     norm_round_first: bool = _UNSET
     norm_position: NormPosition = "pre"
+    parallel_residual: bool = False
+    shared_norm: bool = False
     hidden_act: str = "silu"
     gated: bool = True
     qkv_bias: bool = False
@@ -135,10 +160,15 @@ class BlockSpec:
     attn_logit_softcapping: float | None = None
     attention_scale: float = _UNSET
     attention_sinks: bool = False
+    residual_multiplier: float = 1.0
+    layer_scale: bool = False
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
+    activation_dropout: float = 0.0
     stacked_qkv: bool = False
+    qkv_per_head: bool = False
     stacked_gate_up: bool = False
+    conv1d: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_attention_heads")
@@ -152,7 +182,7 @@ class BlockSpec:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected a positive integer")
         choose("norm", self.norm, ("rmsnorm", "layernorm"))
-        choose("norm_position", self.norm_position, ("pre", "post", "both"))
+        choose("norm_position", self.norm_position, get_args(NormPosition))
         choose("qk_norm", self.qk_norm, (None, "head", "full"))
         choose("rope", self.rope, (None, "half", "interleaved"))
         choose("hidden_act", self.hidden_act, tuple(HIDDEN_ACTS))
@@ -192,12 +222,13 @@ class BlockSpec:
                 continue
             if not _is_number(value) or not value > 0:
                 raise ValueError(f"{name} is {value!r}, expected a positive number")
-        for name in ("attention_dropout", "residual_dropout"):
+        for name in ("attention_dropout", "residual_dropout", "activation_dropout"):
             value = getattr(self, name)
             if not _is_number(value) or not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} is {value!r}, expected 0 <= p < 1")
-        if not _is_number(self.norm_offset):
-            raise ValueError(f"norm_offset is {self.norm_offset!r}, expected a number")
+        for name in ("norm_offset", "residual_multiplier"):
+            if not _is_number(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a number")
         if self.norm_bias is None:
             self._resolve("norm_bias", self.norm == "layernorm")
         if self.norm_round_first is None:
@@ -209,6 +240,27 @@ class BlockSpec:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.stacked_gate_up and not self.gated:
             raise ValueError("stacked_gate_up is True, expected False for an FFN without a gate")
+        if self.qkv_per_head and not self.stacked_qkv:
+            raise ValueError("qkv_per_head is True, expected False without stacked_qkv")
+        if self.layer_scale and self.post_norm:
+            raise ValueError(
+                f"layer_scale is True, expected False with norm_position {self.norm_position!r}: "
+                "a norm there has a factor a channel already"
+            )
+        if self.qkv_per_head and self.conv1d:
+            raise ValueError("conv1d is True, expected False with qkv_per_head: rows go by heads")
+        if self.parallel_residual and self.norm_after_residual:
+            raise ValueError(
+                "norm_position is 'after_residual', expected another one with parallel_residual: "
+                "there is no sum between the halves"
+            )
+        if self.shared_norm and not (self.parallel_residual and self.pre_norm):
+            raise ValueError(
+                "shared_norm is True, expected False without parallel_residual or a norm before "
+                "the halves: they read different things"
+            )
+        for name in ("text", "there", "_attention_parameters", "_ffn_parameters"):
+            getattr(self, name)  # torch.compile cannot trace the lock of a cached property
 
     def _resolve(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -228,6 +280,19 @@ class BlockSpec:
         """The fields from which the others were derived: `BlockSpec(**given)` is the same spec."""
         derived: frozenset[str] = getattr(self, "_derived", frozenset()) - {"hidden_act"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in derived}
+
+    @cached_property
+    def text(self) -> str:
+        """The spec in JSON: `BlockSpec(**json.loads(text))` is the same one."""
+        return json.dumps(self.given)
+
+    @cached_property
+    def there(self) -> frozenset[str]:
+        """Names of the fields that are neither 0, False nor None.
+
+        For code that torch.compile traces: of a number it reads it makes a symbol.
+        """
+        return frozenset(f.name for f in fields(self) if getattr(self, f.name))
 
     @classmethod
     def from_config(cls, config: Any, layer_idx: int = 0) -> BlockSpec:
@@ -283,12 +348,17 @@ class BlockSpec:
     @cached_property
     def pre_norm(self) -> bool:
         """Whether a norm stands before each half."""
-        return self.norm_position != "post"
+        return self.norm_position in ("pre", "both")
 
     @cached_property
     def post_norm(self) -> bool:
-        """Whether a norm stands on each half's output."""
+        """Whether a norm stands at the end of each half, before or after the residual is added."""
         return self.norm_position != "pre"
+
+    @cached_property
+    def norm_after_residual(self) -> bool:
+        """Whether that norm reads the sum with the residual."""
+        return self.norm_position == "after_residual"
 
     def __hash__(self) -> int:
         return self._hash
@@ -314,15 +384,21 @@ class BlockSpec:
     @cached_property
     def norm_names(self) -> dict[str, str]:
         """Role of each norm -> Hugging Face's name for it."""
+        if self.shared_norm:
+            pre = {"attn_norm": "input_layernorm", "ffn_norm": "input_layernorm"}
+        elif self.norm_position == "pre":
+            pre = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+        else:
+            pre = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
         if self.norm_position == "pre":
-            return {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+            return pre
         post = {
             "attn_post_norm": "post_attention_layernorm",
             "ffn_post_norm": "post_feedforward_layernorm",
         }
-        if self.norm_position == "post":
+        if not self.pre_norm:
             return post
-        return {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **post}
+        return {**pre, **post}
 
     def _norm_shapes(self, half: str) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -332,6 +408,10 @@ class BlockSpec:
                 if self.norm_bias:
                     shapes[f"{name}.bias"] = (self.hidden_size,)
         return shapes
+
+    def _projection(self, inputs: int, outputs: int) -> tuple[int, int]:
+        """Shape of a projection's weight."""
+        return (inputs, outputs) if self.conv1d else (outputs, inputs)
 
     def attention_parameters(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter of the attention half."""
@@ -346,10 +426,10 @@ class BlockSpec:
         else:
             outs = {"q": q, "k": kv, "v": self.v_size}
         for name, out in outs.items():
-            shapes[f"self_attn.{name}_proj.weight"] = (out, h)
+            shapes[f"self_attn.{name}_proj.weight"] = self._projection(h, out)
             if self.qkv_bias:
                 shapes[f"self_attn.{name}_proj.bias"] = (out,)
-        shapes["self_attn.o_proj.weight"] = (h, self.attn_out_size)
+        shapes["self_attn.o_proj.weight"] = self._projection(self.attn_out_size, h)
         if self.o_bias:
             shapes["self_attn.o_proj.bias"] = (h,)
         if self.qk_norm:
@@ -357,6 +437,8 @@ class BlockSpec:
             shapes["self_attn.k_norm.weight"] = (self.head_dim if self.qk_norm == "head" else kv,)
         if self.attention_sinks:
             shapes["self_attn.sinks"] = (self.num_attention_heads,)
+        if self.layer_scale:
+            shapes[LAYER_SCALE["attn"]] = (h,)
         return shapes
 
     def ffn_parameters(self) -> dict[str, tuple[int, ...]]:
@@ -372,12 +454,14 @@ class BlockSpec:
         else:
             outs = {"gate": f, "up": f} if self.gated else {"up": f}
         for name, out in outs.items():
-            shapes[f"mlp.{name}_proj.weight"] = (out, h)
+            shapes[f"mlp.{name}_proj.weight"] = self._projection(h, out)
             if self.up_bias:
                 shapes[f"mlp.{name}_proj.bias"] = (out,)
-        shapes["mlp.down_proj.weight"] = (h, f)
+        shapes["mlp.down_proj.weight"] = self._projection(f, h)
         if self.down_bias:
             shapes["mlp.down_proj.bias"] = (h,)
+        if self.layer_scale:
+            shapes[LAYER_SCALE["ffn"]] = (h,)
         return shapes
 
     def parameters(self) -> dict[str, tuple[int, ...]]:

@@ -23,6 +23,7 @@ from .block import TransformerBlock
 from .function import run_job
 from .inputs import check_chunk_size, check_impl, check_offload_dir, check_weights, prepare
 from .keep import INPUT
+from .lora import all_parameters
 from .policy import KEEP, Policy, PolicyLike
 from .replay import effective_policies
 from .run import Layer, RunJob, Tree, wanted_names
@@ -246,6 +247,7 @@ class BlockStack(nn.Module):
             for block in blocks:
                 hidden_states = block(hidden_states, **options)
             return hidden_states
+        given = [block.weights() for block in blocks]
         call, inputs = prepare(
             self.spec,
             hidden_states,
@@ -257,12 +259,12 @@ class BlockStack(nn.Module):
             lossy=any(block.policy.lossy for block in self._blocks()),
             layers=len(self.layers),
             offload_dir=self.offload_dir,
+            adapters=[adapters for _, adapters in given],
         )
-        shapes = self.spec.parameters()
         weights = [
-            block.weights() if by_call
-            else check_weights(block.weights(), shapes, hidden_states, call)
-            for block, by_call in zip(blocks, called, strict=True)
+            own if by_call
+            else check_weights(own, all_parameters(self.spec, adapters), hidden_states, call)
+            for (own, adapters), by_call in zip(given, called, strict=True)
         ]  # fmt: skip
         parts = self._segments
         policies = effective_policies(
@@ -282,11 +284,12 @@ class BlockStack(nn.Module):
                 continue
             layers: list[Layer] = []
             flat: list[Tensor] = []
-            for policy, named in zip(policies[first:last], weights[first:last], strict=True):
+            for index in range(first, last):
+                named = weights[index]
                 wanted = wanted_names(hidden_states, named)
                 if any(layer.wanted for layer in layers):
                     wanted |= {INPUT}
-                layers.append(Layer(policy, tuple(named), wanted))
+                layers.append(Layer(policies[index], tuple(named), wanted, given[index][1]))
                 flat += named.values()
             seed = inputs.seed if inputs.seed is None else inputs.seed[first:last]
             job = RunJob(call, tuple(layers), _tree(part, 0), f"layers.{first}")

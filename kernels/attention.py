@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_configs import choose
-from .attention_launch import Launch, row_strides
+from .attention_launch import Launch, block_table, fresh_strides, narrow, row_strides
 from .attention_tiles import (
     LN2,
     LOG2E,
@@ -41,7 +41,8 @@ from .attention_tiles import (
     visible,
 )
 from .configs import Config, architecture
-from .launch import on_device
+from .launch import Layout, Plan, layouts, on_device, operand, planned
+from .reference.attention_inputs import check_offset_values
 from .reference.explicit_attention import AttentionMask
 
 
@@ -57,8 +58,18 @@ def _forward_step(
 ):  # fmt: skip
     """One block of keys: the running output, sums and maxima."""
     k_tile = load_rows(
-        k, first_k, col, keys, kv_head, stride_kt, stride_kh,
-        BLOCK_N, BLOCK_D, HEAD_DIM, DESC, VARLEN,
+        k,
+        first_k,
+        col,
+        keys,
+        kv_head,
+        stride_kt,
+        stride_kh,
+        BLOCK_N,
+        BLOCK_D,
+        HEAD_DIM,
+        DESC,
+        VARLEN,
     )  # [BLOCK_N, BLOCK_D]
     dots = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     scores, _ = score(dots, scale, softcap, SOFTCAP, PRECISION)
@@ -78,8 +89,19 @@ def _forward_step(
             seed, row, col, slice_number, threshold, keep_scale, SITE, BLOCK_M, BLOCK_N, False
         )
     v_tile = load_rows(
-        v, first_k, col, keys, kv_head, stride_vt, stride_vh,
-        BLOCK_N, BLOCK_DV, V_DIM, DESC, VARLEN, MASKED,
+        v,
+        first_k,
+        col,
+        keys,
+        kv_head,
+        stride_vt,
+        stride_vh,
+        BLOCK_N,
+        BLOCK_DV,
+        V_DIM,
+        DESC,
+        VARLEN,
+        MASKED,
     )  # [BLOCK_N, BLOCK_DV]
     acc = acc * shrink[:, None]
     acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
@@ -111,8 +133,18 @@ def attention_forward_kernel(
         kv_head = head // group
         offs_m = row + tl.arange(0, BLOCK_M)
         q_tile = load_rows(
-            q, first, row, queries, head, stride_qt, stride_qh,
-            BLOCK_M, BLOCK_D, HEAD_DIM, DESC, VARLEN,
+            q,
+            first,
+            row,
+            queries,
+            head,
+            stride_qt,
+            stride_qh,
+            BLOCK_M,
+            BLOCK_D,
+            HEAD_DIM,
+            DESC,
+            VARLEN,
         )  # [BLOCK_M, BLOCK_D]
         acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
@@ -158,6 +190,42 @@ def attention_forward_kernel(
         tl.store(at_lse, row_lse, mask=offs_m < queries)
 
 
+@planned
+def _plan(
+    q: Layout,
+    k: Layout,
+    v: Layout,
+    sinks: Layout | None,
+    cu_seqlens: Layout | None,
+    cu_seqlens_k: Layout | None,
+    seed: Layout | None,
+    mask: AttentionMask,
+    config: Config | None,
+) -> Plan:
+    launch = Launch(q, k, v, mask, sinks, cu_seqlens, cu_seqlens_k, seed)
+    if config is None:
+        size, name = q.dtype.itemsize, architecture(q.device)
+        config = choose("attention_forward", name, size, launch.width, launch.heavy)
+    batch, tokens, heads, _ = q.shape
+    strides = [s for x in (q, k, v) for s in row_strides(x)]
+    strides += [*fresh_strides(heads, v.shape[3]), heads * tokens, tokens, 1]
+    flags = {
+        **launch.flags,
+        "HAS_SINKS": sinks is not None,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    rows = ((q, config.block_m), (k, config.block_n), (v, config.block_n))
+    return Plan(
+        launch.query_grid(config.block_m),
+        tuple(launch.rows_of(x, block) for x, block in rows),
+        (*launch.sizes, *strides, *launch.numbers),
+        flags,
+    )
+
+
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -179,28 +247,17 @@ def attention_forward(
         TypeError: for a dtype no kernel takes.
         ValueError: for shapes, strides or devices that do not fit.
     """
-    launch = Launch(q, k, v, mask, sinks, cu_seqlens, cu_seqlens_k, seed)
-    if config is None:
-        size = q.element_size()
-        name = architecture(q.device)
-        config = choose("attention_forward", name, size, launch.width, launch.heavy)
-    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-    lse = torch.empty(
-        (launch.batch, launch.heads, launch.tokens), dtype=torch.float32, device=q.device
-    )
-    grid, table = launch.query_grid(config.block_m)
+    plan = _plan(*layouts(q, k, v, sinks, cu_seqlens, cu_seqlens_k, seed), mask, config)
+    check_offset_values("cu_seqlens", cu_seqlens, q.shape[1])
+    check_offset_values("cu_seqlens_k", cu_seqlens_k, k.shape[1])
+    batch, tokens, heads, _ = q.shape
+    out = q.new_empty(batch, tokens, heads, v.shape[3])
+    lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    cu_seqlens, cu_seqlens_k = narrow(cu_seqlens), narrow(cu_seqlens_k)
+    table = block_table(cu_seqlens, tokens, plan.flags["BLOCK_M"])
     with on_device(q):
-        attention_forward_kernel[grid](
-            launch.rows_of(q, config.block_m),
-            launch.rows_of(k, config.block_n),
-            launch.rows_of(v, config.block_n),
-            launch.sinks, out, lse, launch.cu_seqlens, launch.cu_seqlens_k, *table, seed,
-            *launch.sizes,
-            *row_strides(q), *row_strides(k), *row_strides(v), *row_strides(out),
-            *lse.stride(),
-            *launch.numbers,
-            **launch.flags, HAS_SINKS=sinks is not None,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+        attention_forward_kernel[plan.grid](
+            *map(operand, (q, k, v), plan.blocks), None if sinks is None else sinks.contiguous(),
+            out, lse, cu_seqlens, cu_seqlens_k, *table, seed, *plan.numbers, **plan.flags,
         )  # fmt: skip
     return out, lse

@@ -19,13 +19,22 @@ LSE, and change nothing here; their own gradient needs LSE and delta alone.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .attention_configs import choose
-from .attention_launch import Launch, back_to_back, row_strides
+from .attention_launch import (
+    Launch,
+    back_to_back,
+    block_table,
+    fresh_strides,
+    narrow,
+    row_strides,
+)
 from .attention_tiles import (
     LOG2E,
     block_of,
@@ -41,7 +50,8 @@ from .attention_tiles import (
     visible,
 )
 from .configs import Config, architecture
-from .launch import on_device
+from .launch import Layout, Plan, layouts, on_device, operand, planned
+from .reference.attention_inputs import check_offset_values
 from .reference.explicit_attention import AttentionMask, sink_gradient
 
 
@@ -86,8 +96,19 @@ def _dkdv_step(
     mask_m = offs_m < queries
     place = (first + offs_m).to(tl.int64) if VARLEN else offs_m.to(tl.int64)
     q_tile = load_rows(
-        q, first, row, queries, head, stride_qt, stride_qh,
-        BLOCK_M, BLOCK_D, HEAD_DIM, DESC, VARLEN, CLEAN,
+        q,
+        first,
+        row,
+        queries,
+        head,
+        stride_qt,
+        stride_qh,
+        BLOCK_M,
+        BLOCK_D,
+        HEAD_DIM,
+        DESC,
+        VARLEN,
+        CLEAN,
     )  # [BLOCK_M, BLOCK_D]
     dots = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     seen = mask_m[None, :]
@@ -99,8 +120,19 @@ def _dkdv_step(
         dots, row_lse[None, :], scale, softcap, seen, SOFTCAP, CAUSAL or WINDOW, PRECISION
     )
     do_tile = load_rows(
-        dout, first, row, queries, head, stride_dt, stride_dh,
-        BLOCK_M, BLOCK_DV, V_DIM, DESC, VARLEN, CLEAN,
+        dout,
+        first,
+        row,
+        queries,
+        head,
+        stride_dt,
+        stride_dh,
+        BLOCK_M,
+        BLOCK_DV,
+        V_DIM,
+        DESC,
+        VARLEN,
+        CLEAN,
     )  # [BLOCK_M, BLOCK_DV]
     dweights = tl.dot(v_tile, do_tile.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     dropped = weights
@@ -143,12 +175,32 @@ def attention_dkdv_kernel(
     if col >= 0 if VARLEN else keys > 0:  # a block that there is
         offs_n = col + tl.arange(0, BLOCK_N)
         k_tile = load_rows(
-            k, first_k, col, keys, kv_head, stride_kt, stride_kh,
-            BLOCK_N, BLOCK_D, HEAD_DIM, DESC, VARLEN,
+            k,
+            first_k,
+            col,
+            keys,
+            kv_head,
+            stride_kt,
+            stride_kh,
+            BLOCK_N,
+            BLOCK_D,
+            HEAD_DIM,
+            DESC,
+            VARLEN,
         )
         v_tile = load_rows(
-            v, first_k, col, keys, kv_head, stride_vt, stride_vh,
-            BLOCK_N, BLOCK_DV, V_DIM, DESC, VARLEN,
+            v,
+            first_k,
+            col,
+            keys,
+            kv_head,
+            stride_vt,
+            stride_vh,
+            BLOCK_N,
+            BLOCK_DV,
+            V_DIM,
+            DESC,
+            VARLEN,
         )
         acc_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         acc_dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
@@ -208,8 +260,19 @@ def _dq_step(
 ):  # fmt: skip
     """One block of keys: adds to dQ."""
     k_tile = load_rows(
-        k, first_k, col, keys, kv_head, stride_kt, stride_kh,
-        BLOCK_N, BLOCK_D, HEAD_DIM, DESC, VARLEN, MASKED,
+        k,
+        first_k,
+        col,
+        keys,
+        kv_head,
+        stride_kt,
+        stride_kh,
+        BLOCK_N,
+        BLOCK_D,
+        HEAD_DIM,
+        DESC,
+        VARLEN,
+        MASKED,
     )  # [BLOCK_N, BLOCK_D]
     dots = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     offs_n = col + tl.arange(0, BLOCK_N)
@@ -222,8 +285,18 @@ def _dq_step(
         dots, row_lse[:, None], scale, softcap, seen, SOFTCAP, MASKED, PRECISION
     )
     v_tile = load_rows(
-        v, first_k, col, keys, kv_head, stride_vt, stride_vh,
-        BLOCK_N, BLOCK_DV, V_DIM, DESC, VARLEN,
+        v,
+        first_k,
+        col,
+        keys,
+        kv_head,
+        stride_vt,
+        stride_vh,
+        BLOCK_N,
+        BLOCK_DV,
+        V_DIM,
+        DESC,
+        VARLEN,
     )  # [BLOCK_N, BLOCK_DV]
     dweights = tl.dot(do_tile, v_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if DROPOUT:
@@ -264,12 +337,32 @@ def attention_dq_kernel(
         mask_m = offs_m < queries
         place = (first + offs_m).to(tl.int64) if VARLEN else offs_m.to(tl.int64)
         q_tile = load_rows(
-            q, first, row, queries, head, stride_qt, stride_qh,
-            BLOCK_M, BLOCK_D, HEAD_DIM, DESC, VARLEN,
+            q,
+            first,
+            row,
+            queries,
+            head,
+            stride_qt,
+            stride_qh,
+            BLOCK_M,
+            BLOCK_D,
+            HEAD_DIM,
+            DESC,
+            VARLEN,
         )
         do_tile = load_rows(
-            dout, first, row, queries, head, stride_dt, stride_dh,
-            BLOCK_M, BLOCK_DV, V_DIM, DESC, VARLEN,
+            dout,
+            first,
+            row,
+            queries,
+            head,
+            stride_dt,
+            stride_dh,
+            BLOCK_M,
+            BLOCK_DV,
+            V_DIM,
+            DESC,
+            VARLEN,
         )
         at_lse = row_offsets(place, head, batch, stride_lb, stride_lh, stride_lt)
         row_lse = _row_lse(lse, at_lse, mask_m)
@@ -301,6 +394,75 @@ def attention_dq_kernel(
         offs_d = tl.arange(0, BLOCK_D)[None, :]
         at = dq + (first + offs_m).to(tl.int64)[:, None] * stride_dqt + head * stride_dqh + offs_d
         tl.store(at, (acc * scale).to(DTYPE), mask=mask_m[:, None] & (offs_d < HEAD_DIM))
+
+
+class Plans(NamedTuple):
+    """How the two kernels are launched.
+
+    Attributes:
+        dkdv: the one for dK and dV.
+        dq: the one for dQ.
+    """
+
+    dkdv: Plan
+    dq: Plan
+
+
+@planned
+def _plans(
+    q: Layout,
+    k: Layout,
+    v: Layout,
+    dout: Layout,
+    lse: Layout,
+    delta: Layout,
+    dq: Layout | None,
+    sinks: Layout | None,
+    cu_seqlens: Layout | None,
+    cu_seqlens_k: Layout | None,
+    seed: Layout | None,
+    mask: AttentionMask,
+    dkdv_config: Config | None,
+    dq_config: Config | None,
+) -> Plans:
+    launch = Launch(q, k, v, mask, sinks, cu_seqlens, cu_seqlens_k, seed, dout)
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads, v_dim = v.shape[2:]
+    for name, rows in (("lse", lse), ("delta", delta)):
+        fits = rows.dtype == torch.float32 and rows.device == q.device
+        if not fits or rows.shape != (batch, heads, tokens):
+            raise ValueError(
+                f"{name} is {rows.dtype} {list(rows.shape)} on {rows.device}, expected "
+                f"torch.float32 {[batch, heads, tokens]} on {q.device}"
+            )
+    name, size = architecture(q.device), q.dtype.itemsize
+    keys = dkdv_config or choose("attention_dkdv", name, size, launch.width, launch.heavy)
+    queries = dq_config or choose("attention_dq", name, size, launch.width, launch.heavy)
+    strides = [s for x in (q, k, v, dout) for s in row_strides(x)]
+    strides += [*lse.strides, *delta.strides]
+
+    def plan(
+        grid: tuple[int, ...], config: Config, m: int, n: int, outputs: list[tuple[int, int]]
+    ) -> Plan:
+        return Plan(
+            grid,
+            tuple(launch.rows_of(x, rows) for x, rows in ((q, m), (k, n), (v, n), (dout, m))),
+            (*launch.sizes, *strides, *(s for pair in outputs for s in pair), *launch.numbers),
+            {
+                **launch.flags,
+                "BLOCK_M": m,
+                "BLOCK_N": n,
+                "num_warps": config.num_warps,
+                "num_stages": config.num_stages,
+            },
+        )
+
+    to_k, to_v = fresh_strides(kv_heads, head_dim), fresh_strides(kv_heads, v_dim)
+    to_q = fresh_strides(heads, head_dim) if dq is None else row_strides(dq)
+    m, n = keys.block_m, keys.block_n
+    dkdv = plan(launch.key_grid(n), keys, m, n, [to_k, to_v])
+    m, n = queries.block_m, queries.block_n
+    return Plans(dkdv, plan(launch.query_grid(m), queries, m, n, [to_q]))
 
 
 def attention_backward(
@@ -341,46 +503,30 @@ def attention_backward(
             f"dout is {dout.dtype} {list(dout.shape)} on {dout.device}, expected {q.dtype} "
             f"{list(shape)} on {q.device}"
         )
-    if dout.stride(3) != 1 or not back_to_back(dout):
+    if dout.stride(3) != 1 or not back_to_back(dout.shape, dout.stride()):
         dout = dout.contiguous()
-    launch = Launch(q, k, v, mask, sinks, cu_seqlens, cu_seqlens_k, seed, dout)
-    shape = (launch.batch, launch.heads, launch.tokens)
-    for name, rows in (("lse", lse), ("delta", delta)):
-        if rows.dtype != torch.float32 or tuple(rows.shape) != shape or rows.device != q.device:
-            raise ValueError(
-                f"{name} is {rows.dtype} {list(rows.shape)} on {rows.device}, expected "
-                f"torch.float32 {list(shape)} on {q.device}"
-            )
-    name, size = architecture(q.device), q.element_size()
-    keys = dkdv_config or choose("attention_dkdv", name, size, launch.width, launch.heavy)
-    queries = dq_config or choose("attention_dq", name, size, launch.width, launch.heavy)
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    given = layouts(q, k, v, dout, lse, delta, dq, sinks, cu_seqlens, cu_seqlens_k, seed)
+    plans = _plans(*given, mask, dkdv_config, dq_config)
+    check_offset_values("cu_seqlens", cu_seqlens, q.shape[1])
+    check_offset_values("cu_seqlens_k", cu_seqlens_k, k.shape[1])
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     if dq is None:
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    strides = [s for x in (q, k, v, dout) for s in row_strides(x)]
-    strides += [*lse.stride(), *delta.stride()]
+        dq = q.new_empty(q.shape)
+    cu_seqlens, cu_seqlens_k = narrow(cu_seqlens), narrow(cu_seqlens_k)
+    of_keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    loaded = (q, k, v, dout)
     with on_device(q):
-        grid, table = launch.key_grid(keys.block_n)
-        attention_dkdv_kernel[grid](
-            launch.rows_of(q, keys.block_m), launch.rows_of(k, keys.block_n),
-            launch.rows_of(v, keys.block_n), launch.rows_of(dout, keys.block_m),
-            lse, delta, dk, dv, launch.cu_seqlens, launch.cu_seqlens_k, *table, seed,
-            *launch.sizes,
-            *strides, *row_strides(dk), *row_strides(dv), *launch.numbers,
-            **launch.flags, BLOCK_M=keys.block_m, BLOCK_N=keys.block_n,
-            num_warps=keys.num_warps, num_stages=keys.num_stages,
+        plan = plans.dkdv
+        table = block_table(of_keys, k.shape[1], plan.flags["BLOCK_N"])
+        attention_dkdv_kernel[plan.grid](
+            *map(operand, loaded, plan.blocks), lse, delta, dk, dv, cu_seqlens, cu_seqlens_k,
+            *table, seed, *plan.numbers, **plan.flags,
         )  # fmt: skip
-        grid, table = launch.query_grid(queries.block_m)
-        attention_dq_kernel[grid](
-            launch.rows_of(q, queries.block_m),
-            launch.rows_of(k, queries.block_n),
-            launch.rows_of(v, queries.block_n),
-            launch.rows_of(dout, queries.block_m),
-            lse, delta, dq, launch.cu_seqlens, launch.cu_seqlens_k, *table, seed,
-            *launch.sizes,
-            *strides, *row_strides(dq), *launch.numbers,
-            **launch.flags, BLOCK_M=queries.block_m, BLOCK_N=queries.block_n,
-            num_warps=queries.num_warps, num_stages=queries.num_stages,
+        plan = plans.dq
+        table = block_table(cu_seqlens, q.shape[1], plan.flags["BLOCK_M"])
+        attention_dq_kernel[plan.grid](
+            *map(operand, loaded, plan.blocks), lse, delta, dq, cu_seqlens, cu_seqlens_k,
+            *table, seed, *plan.numbers, **plan.flags,
         )  # fmt: skip
     dsinks = sink_gradient(sinks, lse, delta) if sinks is not None and need_dsinks else None
     return dq, dk, dv, dsinks

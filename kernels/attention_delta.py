@@ -19,7 +19,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SAME_BITS, cdiv, check_matrix, layout, on_device
+from .launch import (
+    SAME_BITS,
+    Layout,
+    Plan,
+    cdiv,
+    check_matrix,
+    layout,
+    on_device,
+    planned,
+    stride,
+)
 from .norm import warps
 from .reference.qk_rope import QKSpec
 
@@ -75,12 +85,11 @@ def head_tiles(spec: QKSpec) -> dict[str, int]:
     }  # fmt: skip
 
 
-def check_delta(attn_out: Tensor, dout: Tensor, delta: Tensor, spec: QKSpec) -> None:
+def check_delta(attn_out: Layout, dout: Layout, delta: Layout, spec: QKSpec) -> None:
     """Raise unless the kernels can work with these."""
-    rows = attn_out.shape[0]
-    width, like = spec.heads * spec.out_head_dim, layout(attn_out)
-    check_matrix("attn_out", like, (rows, width), like)
-    check_matrix("dout", layout(dout), (rows, width), like)
+    rows, width = attn_out.shape[0], spec.heads * spec.out_head_dim
+    check_matrix("attn_out", attn_out, (rows, width), attn_out)
+    check_matrix("dout", dout, (rows, width), attn_out)
     shape = rows, spec.heads
     if delta.dtype != torch.float32:
         raise TypeError(f"delta is {delta.dtype}, expected torch.float32")
@@ -89,6 +98,23 @@ def check_delta(attn_out: Tensor, dout: Tensor, delta: Tensor, spec: QKSpec) -> 
             f"delta is {list(delta.shape)} on {delta.device}, expected {list(shape)} on "
             f"{attn_out.device}"
         )
+
+
+@planned
+def _plan(attn_out: Layout, dout: Layout, delta: Layout, spec: QKSpec) -> Plan:
+    check_delta(attn_out, dout, delta, spec)
+    tiles, rows = head_tiles(spec), attn_out.shape[0]
+    flags = {
+        "HEADS": spec.heads,
+        "HEAD_DIM": spec.out_head_dim,
+        "BLOCK_M": tiles["BLOCK_M"],
+        "BLOCK_H": tiles["BLOCK_Q"],
+        "BLOCK_D": triton.next_power_of_2(spec.out_head_dim),
+        "num_warps": tiles["num_warps"],
+        **SAME_BITS,
+    }
+    numbers = (rows, stride(attn_out), stride(dout), *delta.strides)
+    return Plan((cdiv(rows, tiles["BLOCK_M"]),), (), numbers, flags)
 
 
 def attention_delta(attn_out: Tensor, dout: Tensor, delta: Tensor, spec: QKSpec) -> None:
@@ -104,17 +130,7 @@ def attention_delta(attn_out: Tensor, dout: Tensor, delta: Tensor, spec: QKSpec)
         TypeError: for a dtype no kernel takes.
         ValueError: for a shape, device or stride that is not as above.
     """
-    check_delta(attn_out, dout, delta, spec)
-    tiles = head_tiles(spec)
-    rows = attn_out.shape[0]
-    if rows:
+    plan = _plan(layout(attn_out), layout(dout), layout(delta), spec)
+    if len(attn_out):
         with on_device(attn_out):
-            attention_delta_kernel[(cdiv(rows, tiles["BLOCK_M"]),)](
-                attn_out, dout, delta,
-                rows,
-                attn_out.stride(0), dout.stride(0), delta.stride(0), delta.stride(1),
-                HEADS=spec.heads, HEAD_DIM=spec.out_head_dim,
-                BLOCK_M=tiles["BLOCK_M"], BLOCK_H=tiles["BLOCK_Q"],
-                BLOCK_D=triton.next_power_of_2(spec.out_head_dim),
-                num_warps=tiles["num_warps"], **SAME_BITS,
-            )  # fmt: skip
+            attention_delta_kernel[plan.grid](attn_out, dout, delta, *plan.numbers, **plan.flags)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,14 +13,14 @@ from .dispatch import MAX_HEAD_DIM
 from .launch import (
     DTYPES,
     TRITON_DTYPES,
+    Described,
+    Layout,
     cdiv,
     describable,
     described,
     dot_precision,
-    layout,
-    operand,
 )
-from .reference.attention_inputs import check_attention
+from .reference.attention_inputs import check_looks
 from .reference.explicit_attention import AttentionMask
 
 #: What the third dimension of a grid can be.
@@ -60,28 +60,45 @@ def packed_tiles(cu_seqlens: Tensor, tokens: int, block: int) -> Tiles:
     return Tiles(sequence.int(), torch.where(inside, number, -1).int())
 
 
-def row_strides(x: Tensor) -> tuple[int, int]:
+def block_table(
+    cu_seqlens: Tensor | None, tokens: int, block: int
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The table that says where a grid's blocks are; nothing of sequences that are not packed."""
+    return (None, None) if cu_seqlens is None else packed_tiles(cu_seqlens, tokens, block)
+
+
+def narrow(cu_seqlens: Tensor | None) -> Tensor | None:
+    """Offsets in int32: a descriptor's are no wider, and rows beyond would not fit a GPU."""
+    return None if cu_seqlens is None else cu_seqlens.int().contiguous()
+
+
+def row_strides(x: Layout) -> tuple[int, int]:
     """How far the rows of heads `[batch, tokens, heads, dim]` are apart, and how far the heads.
 
     Where each sequence has one row, the batch's stride says it, and the tokens' may be anything.
     """
-    return x.stride(0) if x.shape[1] == 1 else x.stride(1), x.stride(2)
+    return x.strides[0] if x.shape[1] == 1 else x.strides[1], x.strides[2]
 
 
-def back_to_back(x: Tensor) -> bool:
+def fresh_strides(heads: int, dim: int) -> tuple[int, int]:
+    """`row_strides` of contiguous heads."""
+    return heads * dim, dim
+
+
+def back_to_back(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether the sequences of a batch stand right behind each other."""
-    return x.shape[0] == 1 or x.shape[1] <= 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return shape[0] == 1 or shape[1] <= 1 or strides[0] == shape[1] * strides[1]
 
 
-def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_heads(q: Layout, k: Layout, v: Layout) -> None:
     """Raise unless the kernels can load these, which are right otherwise (see `check_attention`).
 
     Raises:
         TypeError: for a dtype no kernel takes.
         ValueError: for heads that are too wide, or strides that do not fit.
     """
-    if len(q) > MAX_BATCH:
-        raise ValueError(f"q has a batch of {len(q)}, expected at most {MAX_BATCH}")
+    if q.shape[0] > MAX_BATCH:
+        raise ValueError(f"q has a batch of {q.shape[0]}, expected at most {MAX_BATCH}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in DTYPES:
             raise TypeError(
@@ -89,23 +106,23 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
         if x.shape[3] > MAX_HEAD_DIM:
             raise ValueError(f"{name} has heads of {x.shape[3]}, expected at most {MAX_HEAD_DIM}")
-        if x.stride(3) != 1 and x.shape[3] != 1:
+        if x.strides[3] != 1 and x.shape[3] != 1:
             raise ValueError(
-                f"{name} has the strides {x.stride()}, expected a last one of 1: make it contiguous"
+                f"{name} has the strides {x.strides}, expected a last one of 1: make it contiguous"
             )
-        if not back_to_back(x):
+        if not back_to_back(x.shape, x.strides):
             raise ValueError(
-                f"{name} has the strides {x.stride()}, expected sequences right behind each other"
+                f"{name} has the strides {x.strides}, expected sequences right behind each other"
             )
 
 
-def side_by_side(x: Tensor, block_d: int) -> bool:
+def side_by_side(x: Layout, block_d: int) -> bool:
     """Whether a descriptor can load blocks of one head: no channel of the next one is in them."""
-    return x.shape[3] == block_d and x.stride(2) == block_d
+    return x.shape[3] == block_d and x.strides[2] == block_d
 
 
 class Launch:
-    """What the three attention kernels are launched with, beside their tensors.
+    """What the three attention kernels are launched with, by what their tensors look like.
 
     Args:
         q: as in `attention_forward`, and so the others.
@@ -121,33 +138,31 @@ class Launch:
 
     def __init__(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        q: Layout,
+        k: Layout,
+        v: Layout,
         mask: AttentionMask,
-        sinks: Tensor | None,
-        cu_seqlens: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        seed: Tensor | None,
-        dout: Tensor | None = None,
+        sinks: Layout | None,
+        cu_seqlens: Layout | None,
+        cu_seqlens_k: Layout | None,
+        seed: Layout | None,
+        dout: Layout | None = None,
     ) -> None:
-        check_attention(q, k, v, mask, sinks, cu_seqlens, cu_seqlens_k, seed)
+        check_looks(q, k, v, mask, sinks, cu_seqlens, cu_seqlens_k, seed)
         check_heads(q, k, v)
         self.batch, self.tokens, self.heads, head_dim = q.shape
         self.tokens_k, self.kv_heads, v_dim = k.shape[1], k.shape[2], v.shape[3]
         block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (head_dim, v_dim))
         self.width = max(block_d, block_dv)
         cross = cu_seqlens_k is not None or self.tokens != self.tokens_k
-        # int32: a descriptor's offsets are no wider, and rows beyond would not fit a GPU
-        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.int().contiguous()
-        self.cu_seqlens_k = None if cu_seqlens_k is None else cu_seqlens_k.int().contiguous()
-        self.sinks = None if sinks is None else sinks.contiguous()
-        self.heavy = bool(mask.softcap or mask.dropout or cu_seqlens is not None or cross)
+        self.packed = cu_seqlens is not None
+        self.sequences = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else 0
+        self.heavy = bool(mask.softcap or mask.dropout or self.packed or cross)
         blocks = [(q, block_d), (k, block_d), (v, block_dv)]
         if dout is not None:
             blocks.append((dout, block_dv))
         self.desc = uses_descriptors(q) and all(
-            describable(layout(x)) and side_by_side(x, block) for x, block in blocks
+            describable(x) and side_by_side(x, block) for x, block in blocks
         )
         # what a window, a cap and dropout are without one: numbers that are not read
         threshold = int(mask.dropout * 2**32)
@@ -165,7 +180,7 @@ class Launch:
             "SOFTCAP": mask.softcap is not None,
             "DROPOUT": mask.dropout > 0,
             "SITE": mask.site,
-            "VARLEN": cu_seqlens is not None,
+            "VARLEN": self.packed,
             "CROSS": cross,
             "DTYPE": TRITON_DTYPES[q.dtype],
             "PRECISION": dot_precision(q.dtype),
@@ -176,33 +191,29 @@ class Launch:
             "BLOCK_DV": block_dv,
         }
 
-    def rows_of(self, x: Tensor, rows: int) -> Any:
-        """Heads `[batch, tokens, heads, dim]` as a kernel takes them: a pointer, or a descriptor of
-        `[batch, tokens, heads * dim]` (packed: without the batch), heads side by side."""
+    def rows_of(self, x: Layout, rows: int) -> Described | None:
+        """How heads `[batch, tokens, heads, dim]` are described to a kernel that loads that many
+        rows: as `[batch, tokens, heads * dim]` (packed: without the batch), heads side by side;
+        None: by a pointer."""
         if not self.desc:
-            return x
+            return None
         batch, tokens, heads, head_dim = x.shape
         stride = row_strides(x)[0]
-        if self.cu_seqlens is not None:
-            flat = layout(x)._replace(shape=(tokens, heads * head_dim), strides=(stride, 1))
-            return operand(x, described(flat, rows, head_dim))
+        if self.packed:
+            flat = x._replace(shape=(tokens, heads * head_dim), strides=(stride, 1))
+            return described(flat, rows, head_dim)
         shape, strides = (batch, tokens, heads * head_dim), (tokens * stride, stride, 1)
-        flat = layout(x)._replace(shape=shape, strides=strides)
-        return operand(x, described(flat, 1, rows, head_dim))
+        return described(x._replace(shape=shape, strides=strides), 1, rows, head_dim)
 
-    def query_grid(self, block: int) -> tuple[tuple[int, int, int], tuple[Any, Any]]:
-        """The grid of blocks of queries, and the table that says where they are."""
-        return self._grid(self.cu_seqlens, self.tokens, block, self.heads)
+    def query_grid(self, block: int) -> tuple[int, int, int]:
+        """The grid of blocks of queries."""
+        return self._grid(self.tokens, block, self.heads)
 
-    def key_grid(self, block: int) -> tuple[tuple[int, int, int], tuple[Any, Any]]:
-        """The grid of blocks of keys, and the table that says where they are."""
-        offsets = self.cu_seqlens if self.cu_seqlens_k is None else self.cu_seqlens_k
-        return self._grid(offsets, self.tokens_k, block, self.kv_heads)
+    def key_grid(self, block: int) -> tuple[int, int, int]:
+        """The grid of blocks of keys."""
+        return self._grid(self.tokens_k, block, self.kv_heads)
 
-    def _grid(
-        self, offsets: Tensor | None, tokens: int, block: int, heads: int
-    ) -> tuple[tuple[int, int, int], tuple[Any, Any]]:
-        if offsets is None:
-            return (cdiv(tokens, block), heads, self.batch), (None, None)
-        tiles = packed_tiles(offsets, tokens, block)
-        return (len(tiles.block), heads, 1), (tiles.sequence, tiles.block)
+    def _grid(self, tokens: int, block: int, heads: int) -> tuple[int, int, int]:
+        if self.packed:  # as many as `packed_tiles` gives
+            return cdiv(tokens, block) + self.sequences, heads, 1
+        return cdiv(tokens, block), heads, self.batch

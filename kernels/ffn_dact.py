@@ -14,6 +14,7 @@ layout, which differs from kernel to kernel, and so would the bits of `split` an
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -42,6 +43,16 @@ from .launch import (
     readable,
     stride,
 )
+from .low_rank import (
+    Product,
+    ProductLayouts,
+    add_low_rank_kn,
+    block_r,
+    product_layouts,
+    rank_of,
+    readable_product,
+)
+from .reference import ffn as composed
 from .reference.fp8 import TILE, scale_count
 from .tiles import column_parts, dot_kn, tile_of
 from .tuning import config_for
@@ -157,17 +168,21 @@ def ffn_dact_kernel(
     down,
     preact,
     scales,
+    u,
+    a,
     dpreact,
     hidden,
     M,
     N,
     K,
+    R,
     stride_ym,
     stride_wk,
     stride_pm,
     stride_sm,
     stride_dm,
     stride_hm,
+    stride_ua,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     STORE_HIDDEN: tl.constexpr,
@@ -180,6 +195,7 @@ def ffn_dact_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
@@ -189,6 +205,10 @@ def ffn_dact_kernel(
         dy, down, row, col, M, N, K, stride_ym, stride_wk,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION, DESC,
     )  # fmt: skip
+    if u is not None:
+        d = add_low_rank_kn(
+            d, u, a, row, col, M, N, R, stride_ua, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION
+        )
     WIDTH: tl.constexpr = BLOCK_N // SPLIT
     parts = column_parts(d, BLOCK_M, BLOCK_N, SPLIT)
     offs_m = row + tl.arange(0, BLOCK_M)
@@ -208,6 +228,7 @@ class DownLayouts:
     Attributes:
         dy: `[rows, h]`.
         down: `[h, f]`.
+        product: what adapters add to dhidden, or None.
 
     Raises:
         TypeError: for a dtype no kernel takes, or several.
@@ -216,6 +237,7 @@ class DownLayouts:
 
     dy: Layout
     down: Layout
+    product: ProductLayouts = None
 
     def __post_init__(self) -> None:
         dy, down = self.dy, self.down
@@ -223,6 +245,18 @@ class DownLayouts:
         check_matrix("down", down, (down.shape[0], down.shape[1]), dy)
         if down.dtype != dy.dtype:
             raise TypeError(f"down is {down.dtype}, expected the dtype of dy ({dy.dtype})")
+        assert self.rank is None or self.rank > 0
+
+    @cached_property
+    def rank(self) -> int | None:
+        """Of what is added."""
+        rows, width = self.dy.shape[0], self.down.shape[1]
+        return rank_of("product", self.product, rows, width, self.dy, tall=False)
+
+    @property
+    def stride_ua(self) -> int | None:
+        """From row to row of the product's left matrix."""
+        return None if self.product is None else stride(self.product[0])
 
     @property
     def aligned(self) -> bool:
@@ -253,8 +287,9 @@ def _plan(
     gated: bool,
     need_hidden: bool,
     config: Config | None,
+    product: ProductLayouts,
 ) -> Plan:
-    downs = DownLayouts(dy, down)
+    downs = DownLayouts(dy, down, product)
     M, (K, N) = dy.shape[0], down.shape
     width, fp8 = N * (2 if gated else 1), scales is not None
     check_kind(kind, gated, width)
@@ -276,6 +311,7 @@ def _plan(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
+        "BLOCK_R": block_r(downs.rank),
         "GROUP_M": config.group_m,
         "SPLIT": config.split,
         "num_warps": config.num_warps,
@@ -285,7 +321,15 @@ def _plan(
     return Plan(
         (cdiv(M, config.block_m) * cdiv(N, config.block_n),),
         downs.blocks(config, desc),
-        (M, N, K, *map(stride, (dy, down, preact, scales, dpreact)), N),
+        (
+            M,
+            N,
+            K,
+            downs.rank,
+            *map(stride, (dy, down, preact, scales, dpreact)),
+            N,
+            downs.stride_ua,
+        ),
         flags,
     )
 
@@ -308,9 +352,12 @@ def ffn_dact(
     scales: Tensor | None = None,
     need_hidden: bool = True,
     need_dbias: bool = False,
+    product: Product = None,
+    addend: Tensor | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Down projection and activation backward. As `reference.ffn.ffn_dact`.
+    """Down projection and activation backward. As `reference.ffn.ffn_dact`, which runs where there
+    is an addend.
 
     Args:
         config: tile sizes; None for the table's.
@@ -319,12 +366,18 @@ def ffn_dact(
         TypeError: for a dtype no kernel takes.
         ValueError: for shapes, strides or devices that do not fit.
     """
+    if addend is not None:
+        return composed.ffn_dact(
+            dy, down, preact, kind, gated, dpreact, scales=scales, need_hidden=need_hidden,
+            need_dbias=need_dbias, product=product, addend=addend,
+        )  # fmt: skip
     dy, down = readable(dy), readable(down)
     if scales is None:
         preact = readable(preact)
+    product = readable_product(product)
     plan = _plan(
         layout(dy), layout(down), *layouts(preact, dpreact, scales),
-        kind, gated, need_hidden, config,
+        kind, gated, need_hidden, config, product_layouts(product),
     )  # fmt: skip
     M, N, *_ = plan.numbers
     hidden = dy.new_empty(M, N) if need_hidden else None
@@ -335,6 +388,7 @@ def ffn_dact(
             operand(down, down_block),
             preact,
             scales,
+            *(product or (None, None)),
             dpreact,
             hidden,
             *plan.numbers,

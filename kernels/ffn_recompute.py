@@ -49,6 +49,15 @@ from .launch import (
     readable,
     stride,
 )
+from .low_rank import (
+    Product,
+    ProductLayouts,
+    add_low_rank_kn,
+    block_r,
+    operands,
+    product_layouts,
+    readable_product,
+)
 from .tiles import column_parts, dot_kn, tile_of
 from .tuning import config_for, strategy_for
 
@@ -60,13 +69,22 @@ def ffn_recompute_kernel(
     w_up,
     b_gate,
     b_up,
+    t_gate,
+    v_gate,
+    t_up,
+    v_up,
     dy,
     down,
+    u,
+    a,
     dpreact,
     hidden,
     M,
     N,
     K,
+    R_gate,
+    R_up,
+    R_down,
     stride_xm,
     stride_gn,
     stride_un,
@@ -74,6 +92,8 @@ def ffn_recompute_kernel(
     stride_wk,
     stride_dm,
     stride_hm,
+    stride_tm,
+    stride_ua,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -86,19 +106,25 @@ def ffn_recompute_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
     acc_gate, acc_up = dot_up(
-        x, w_gate, w_up, row, col, M, N, K, stride_xm, stride_gn, stride_un,
-        GATED, PACKED, DESC, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+        x, w_gate, w_up, t_gate, v_gate, t_up, v_up, row, col, M, N, K, R_gate, R_up,
+        stride_xm, stride_gn, stride_un, stride_tm,
+        GATED, PACKED, DESC, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, EVEN_K, PRECISION,
     )  # fmt: skip
     d = dot_kn(
         dy, down, row, col, M, N, K, stride_ym, stride_wk,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION, DESC,
     )  # fmt: skip
+    if u is not None:
+        d = add_low_rank_kn(
+            d, u, a, row, col, M, N, R_down, stride_ua, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION
+        )
     WIDTH: tl.constexpr = BLOCK_N // SPLIT
     gates = column_parts(acc_gate, BLOCK_M, BLOCK_N, SPLIT)
     ups = column_parts(acc_up, BLOCK_M, BLOCK_N, SPLIT)
@@ -126,10 +152,13 @@ def _plan(
     gated: bool,
     need_hidden: bool,
     config: Config | None,
+    products: tuple[ProductLayouts, ...],
+    product: ProductLayouts,
 ) -> Plan | None:
     """None where only one side can be loaded through descriptors: gate and up would then be rebuilt
     in other tiles than the forward pass has, and their sums would have other bits."""
-    ups, downs = UpLayouts(x, weights, biases, gated), DownLayouts(dy, down)
+    ups = UpLayouts(x, weights, biases, gated, products)
+    downs = DownLayouts(dy, down, product)
     M, N, K = ups.sizes
     width = N * (2 if gated else 1)
     check_kind(kind, gated, width)
@@ -142,12 +171,16 @@ def _plan(
     if config is None:
         config = config_for("ffn_recompute", x, N, gated, aligned=aligned)
     desc = uses_descriptors(x) and aligned
-    flags = {**ups.flags(config, desc), "KIND": kind, "STORE_HIDDEN": need_hidden}
+    ranks = (*ups.ranks, downs.rank)
+    flags = {
+        **ups.flags(config, desc), "BLOCK_R": block_r(*ranks), "KIND": kind,
+        "STORE_HIDDEN": need_hidden,
+    }  # fmt: skip
     rows = (x, weights[0], weights[-1], dy, down, dpreact)
     return Plan(
         (cdiv(M, config.block_m) * cdiv(N, config.block_n),),
         ups.blocks(config, desc) + downs.blocks(config, desc),
-        (M, N, K, *map(stride, rows), N),
+        (M, N, K, *ranks, *map(stride, rows), N, ups.stride_tm, downs.stride_ua),
         flags,
     )
 
@@ -164,6 +197,9 @@ def ffn_recompute_dact(
     *,
     need_hidden: bool = True,
     need_dbias: bool = False,
+    products: Sequence[Product] = (),
+    product: Product = None,
+    addend: Tensor | None = None,
     strategy: str = "auto",
     config: Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -185,17 +221,22 @@ def ffn_recompute_dact(
     x, weights = readable(x), [readable(weight) for weight in weights]
     biases = [None if bias is None else bias.contiguous() for bias in biases]
     dy, down = readable(dy), readable(down)
+    products, product = tuple(map(readable_product, products)), readable_product(product)
     plan = None
-    if strategy == "fused":
+    if strategy == "fused" and addend is None:
         plan = _plan(
             layout(x), layouts(*weights), layouts(*biases), *layouts(dy, down, dpreact),
-            kind, gated, need_hidden, config,
+            kind, gated, need_hidden, config, tuple(map(product_layouts, products)),
+            product_layouts(product),
         )  # fmt: skip
     if plan is None:
-        ffn_up(x, weights, biases, kind, gated, preact=dpreact, need_hidden=False)
-        return ffn_dact(
-            dy, down, dpreact, kind, gated, dpreact, need_hidden=need_hidden, need_dbias=need_dbias
+        ffn_up(
+            x, weights, biases, kind, gated, products=products, preact=dpreact, need_hidden=False
         )
+        return ffn_dact(
+            dy, down, dpreact, kind, gated, dpreact, need_hidden=need_hidden,
+            need_dbias=need_dbias, product=product, addend=addend,
+        )  # fmt: skip
     M, N, *_ = plan.numbers
     hidden = x.new_empty(M, N) if need_hidden else None
     x_block, gate_block, up_block, dy_block, down_block = plan.blocks
@@ -206,8 +247,10 @@ def ffn_recompute_dact(
             operand(gate, gate_block),
             operand(up, up_block),
             *gate_and_up(biases, gated),
+            *operands(products, gated, gate_block is not None),
             operand(dy, dy_block),
             operand(down, down_block),
+            *(product or (None, None)),
             dpreact,
             hidden,
             *plan.numbers,

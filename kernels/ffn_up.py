@@ -2,6 +2,8 @@
 
     gate = n Wgate^T + b    up = n Wup^T + b    hidden = act(gate) * up      n: the normed input
 
+Adapters add a product to each, `gate += t Vgate^T` (see `low_rank.py`), in the same accumulators.
+
 | kept | recomputed | GEMMs |
 |---|---|---|
 | gate and up, if the policy says so: as they are, or in e4m3 with a scale for each 1 x 128 |
@@ -18,6 +20,7 @@ multiplies it; two weights take two loads and two dots.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import triton
@@ -46,6 +49,16 @@ from .launch import (
     readable,
     stride,
 )
+from .low_rank import (
+    Product,
+    ProductLayouts,
+    add_low_rank,
+    block_r,
+    operands,
+    product_layouts,
+    rank_of,
+    readable_product,
+)
 from .reference.fp8 import LARGEST, TILE, scale_count
 from .tiles import column_parts, load_tile, tile_of
 from .tuning import config_for
@@ -56,24 +69,35 @@ def dot_up(
     x,
     w_gate,
     w_up,
+    t_gate,
+    v_gate,
+    t_up,
+    v_up,
     row,
     col,
     M,
     N,
     K,
+    R_gate,
+    R_up,
     stride_xm,
     stride_gn,
     stride_un,
+    stride_tm,
     GATED: tl.constexpr,
     PACKED: tl.constexpr,
     DESC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of `x @ w_gate.T` and of `x @ w_up.T`, in fp32; twice the same without a gate."""
+    """One tile of `x @ w_gate.T` and of `x @ w_up.T`, in fp32; twice the same without a gate.
+
+    Where t and v are there, `t @ v.T` is added.
+    """
     tl.assume(K > 0)  # without it ptxas serialises every wgmma of the loop (Triton 3.6, sm_90)
     if PACKED:
         both = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
@@ -81,6 +105,11 @@ def dot_up(
             x_tile = x.load([row, k])  # [BLOCK_M, BLOCK_K]
             w_tile = w_gate.load([0, col, k]).reshape(2 * BLOCK_N, BLOCK_K)
             both = tl.dot(x_tile, w_tile.T, both, input_precision=PRECISION)
+        if t_gate is not None:
+            both = add_low_rank(
+                both, t_gate, v_gate, row, col, M, N, R_gate, stride_tm,
+                2, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+            )  # fmt: skip
         acc_gate, acc_up = both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
     elif GATED:
         acc_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -97,6 +126,16 @@ def dot_up(
                 w_up, col, k, N, K, stride_un, BLOCK_N, BLOCK_K, False, EVEN_K, DESC
             )  # [BLOCK_N, BLOCK_K]
             acc_up = tl.dot(x_tile, u_tile.T, acc_up, input_precision=PRECISION)
+        if t_gate is not None:
+            acc_gate = add_low_rank(
+                acc_gate, t_gate, v_gate, row, col, M, N, R_gate, stride_tm,
+                1, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+            )  # fmt: skip
+        if t_up is not None:
+            acc_up = add_low_rank(
+                acc_up, t_up, v_up, row, col, M, N, R_up, stride_tm,
+                1, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+            )  # fmt: skip
     else:
         acc_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
@@ -107,6 +146,11 @@ def dot_up(
                 w_up, col, k, N, K, stride_un, BLOCK_N, BLOCK_K, False, EVEN_K, DESC
             )  # [BLOCK_N, BLOCK_K]
             acc_up = tl.dot(x_tile, u_tile.T, acc_up, input_precision=PRECISION)
+        if t_up is not None:
+            acc_up = add_low_rank(
+                acc_up, t_up, v_up, row, col, M, N, R_up, stride_tm,
+                1, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+            )  # fmt: skip
         acc_gate = acc_up
     return acc_gate, acc_up
 
@@ -158,18 +202,25 @@ def ffn_up_kernel(
     w_up,
     b_gate,
     b_up,
+    t_gate,
+    v_gate,
+    t_up,
+    v_up,
     hidden,
     preact,
     scales,
     M,
     N,
     K,
+    R_gate,
+    R_up,
     stride_xm,
     stride_gn,
     stride_un,
     stride_hm,
     stride_pm,
     stride_sm,
+    stride_tm,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -186,14 +237,16 @@ def ffn_up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
     acc_gate, acc_up = dot_up(
-        x, w_gate, w_up, row, col, M, N, K, stride_xm, stride_gn, stride_un,
-        GATED, PACKED, DESC, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+        x, w_gate, w_up, t_gate, v_gate, t_up, v_up, row, col, M, N, K, R_gate, R_up,
+        stride_xm, stride_gn, stride_un, stride_tm,
+        GATED, PACKED, DESC, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, EVEN_K, PRECISION,
     )  # fmt: skip
     WIDTH: tl.constexpr = BLOCK_N // SPLIT
     gates = column_parts(acc_gate, BLOCK_M, BLOCK_N, SPLIT)
@@ -244,6 +297,7 @@ class UpLayouts:
         weights: gate and up, or up alone, `[f, h]`; or one stacked `[2 f, h]`.
         biases: one a weight, or None each.
         gated: whether there is a gate.
+        products: what adapters add to each weight's output, or nothing at all.
 
     Raises:
         TypeError: for a dtype no kernel takes, or several.
@@ -254,6 +308,7 @@ class UpLayouts:
     weights: tuple[Layout, ...]
     biases: tuple[Layout | None, ...]
     gated: bool
+    products: tuple[ProductLayouts, ...] = ()
 
     def __post_init__(self) -> None:
         x, weights = self.x, self.weights
@@ -276,11 +331,32 @@ class UpLayouts:
         for bias, weight in zip(self.biases, weights, strict=True):
             if bias is not None:
                 check_bias(bias, weight)
+        if self.products and len(self.products) != len(weights):
+            raise ValueError(
+                f"products holds {len(self.products)}, expected one a weight ({len(weights)})"
+            )
+        if len({stride(product[0]) for product in self.products if product}) > 1:
+            raise ValueError("the left matrices of products have rows of different strides")
+        assert self.ranks is not None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """M, N and K."""
         return self.x.shape[0], self.weights[0].shape[0] // (1 + self.stacked), self.x.shape[1]
+
+    @cached_property
+    def ranks(self) -> tuple[int | None, int | None]:
+        """Of what is added to the gate and to the up."""
+        found = [
+            rank_of("a product", product, self.x.shape[0], weight.shape[0], self.x, tall=True)
+            for product, weight in zip(self.products, self.weights, strict=False)
+        ]
+        return (found[0], found[-1]) if found else (None, None)
+
+    @property
+    def stride_tm(self) -> int | None:
+        """From row to row of the left matrices of products."""
+        return next((stride(product[0]) for product in self.products if product), None)
 
     @property
     def stacked(self) -> bool:
@@ -319,6 +395,7 @@ class UpLayouts:
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
+            "BLOCK_R": block_r(*self.ranks),
             "GROUP_M": config.group_m,
             "SPLIT": config.split,
             "num_warps": config.num_warps,
@@ -356,8 +433,9 @@ def _plan(
     gated: bool,
     need_hidden: bool,
     config: Config | None,
+    products: tuple[ProductLayouts, ...],
 ) -> Plan:
-    ups = UpLayouts(x, weights, biases, gated)
+    ups = UpLayouts(x, weights, biases, gated, products)
     M, N, K = ups.sizes
     width, fp8 = N * (2 if gated else 1), scales is not None
     check_kind(kind, gated, width)
@@ -381,7 +459,7 @@ def _plan(
     return Plan(
         (cdiv(M, config.block_m) * cdiv(N, config.block_n),),
         ups.blocks(config, desc),
-        (M, N, K, *strides, stride(preact), stride(scales)),
+        (M, N, K, *ups.ranks, *strides, stride(preact), stride(scales), ups.stride_tm),
         flags,
     )
 
@@ -393,6 +471,7 @@ def ffn_up(
     kind: str,
     gated: bool,
     *,
+    products: Sequence[Product] = (),
     preact: Tensor | None = None,
     scales: Tensor | None = None,
     need_hidden: bool = True,
@@ -409,9 +488,10 @@ def ffn_up(
     """
     x, weights = readable(x), [readable(weight) for weight in weights]
     biases = [None if bias is None else bias.contiguous() for bias in biases]
+    products = tuple(map(readable_product, products))
     plan = _plan(
         layout(x), layouts(*weights), layouts(*biases), *layouts(preact, scales),
-        kind, gated, need_hidden, config,
+        kind, gated, need_hidden, config, tuple(map(product_layouts, products)),
     )  # fmt: skip
     M, N, *_ = plan.numbers
     hidden = x.new_empty(M, N) if need_hidden else None
@@ -423,6 +503,7 @@ def ffn_up(
             operand(gate, gate_block),
             operand(up, up_block),
             *gate_and_up(biases, gated),
+            *operands(products, gated, gate_block is not None),
             hidden,
             preact,
             scales,

@@ -274,7 +274,7 @@ def _forward(
     """Both forward functions: statistics are read where they are `known`, else written."""
     if dtype not in TRITON_DTYPES:
         raise TypeError(f"dtype is {dtype}, expected one of {', '.join(map(str, TRITON_DTYPES))}")
-    target = None if residual is None else out
+    target = out
     if target is None:
         wide = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
         target = torch.empty(x.shape, dtype=wide, device=x.device)
@@ -312,7 +312,7 @@ def norm_forward(
         statistics: `[1 or 2, rows]` fp32, last stride 1, written.
         dtype: of y.
         residual: `[rows, width]`, last stride 1.
-        out: `[rows, width]`, last stride 1, written; may be the residual.
+        out: `[rows, width]`, last stride 1, written with y, or with the sum; may be the residual.
 
     Returns:
         y `[rows, width]`, fresh and in `dtype`; or `out`.

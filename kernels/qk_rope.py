@@ -26,7 +26,17 @@ from torch import Tensor
 
 from .attention_delta import check_delta, delta_part, head_tiles
 from .dispatch import MAX_WIDTH
-from .launch import SAME_BITS, cdiv, check_matrix, layout, on_device
+from .launch import (
+    SAME_BITS,
+    Layout,
+    Plan,
+    cdiv,
+    check_matrix,
+    layouts,
+    on_device,
+    planned,
+    stride,
+)
 from .norm import check_vector, resident_programs, scaled
 from .reference.qk_rope import QKSpec
 
@@ -326,18 +336,18 @@ def _constants(spec: QKSpec, rotary_dim: int) -> dict[str, Any]:
 
 
 def _check(
-    matrices: dict[str, Tensor | None],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    weights: tuple[Tensor | None, Tensor | None],
+    matrices: dict[str, Layout | None],
+    cos: Layout | None,
+    sin: Layout | None,
+    weights: tuple[Layout | None, Layout | None],
     spec: QKSpec,
-    like: Tensor,
+    like: Layout,
 ) -> dict[str, Any]:
     """Raise unless the kernels can work with these; the constants of the launch."""
     rows = like.shape[0]
     for name, matrix in matrices.items():
         if matrix is not None:
-            check_matrix(name, layout(matrix), (rows, spec.q_size + spec.kv_size), layout(like))
+            check_matrix(name, matrix, (rows, spec.q_size + spec.kv_size), like)
     if (cos is None) != (sin is None):
         raise ValueError("cos or sin is None, expected both or neither")
     if (weights[0] is None) != (weights[1] is None):
@@ -345,8 +355,8 @@ def _check(
     rotary_dim = 0
     if cos is not None and sin is not None:
         rotary_dim = cos.shape[-1]
-        check_matrix("cos", layout(cos), (rows, rotary_dim), layout(like))
-        check_matrix("sin", layout(sin), (rows, rotary_dim), layout(like))
+        check_matrix("cos", cos, (rows, rotary_dim), like)
+        check_matrix("sin", sin, (rows, rotary_dim), like)
     constants = _constants(spec, rotary_dim)
     for name, weight, size in zip(
         ("q_weight", "k_weight"), weights, (spec.q_size, spec.kv_size), strict=True
@@ -355,12 +365,76 @@ def _check(
             if spec.qk_norm is None:
                 raise ValueError(f"{name} is given, expected None where spec.qk_norm is None")
             width = size if spec.qk_norm == "full" else spec.head_dim
-            check_vector(name, layout(weight), width, layout(like))
+            check_vector(name, weight, width, like)
     return constants
 
 
-def _stride(x: Tensor | None, dim: int = 0) -> int:
-    return 0 if x is None else x.stride(dim)
+@planned
+def _forward_plan(
+    raw: Layout,
+    cos: Layout | None,
+    sin: Layout | None,
+    q_weight: Layout | None,
+    k_weight: Layout | None,
+    attn_out: Layout | None,
+    dout: Layout | None,
+    out: Layout,
+    delta: Layout | None,
+    spec: QKSpec,
+) -> Plan:
+    constants = _check({"raw": raw, "out": out}, cos, sin, (q_weight, k_weight), spec, raw)
+    has_delta = attn_out is not None and dout is not None and delta is not None
+    if attn_out is not None and dout is not None and delta is not None:
+        check_delta(attn_out, dout, delta, spec)
+        if attn_out.shape[0] != raw.shape[0]:
+            raise ValueError(f"attn_out has {attn_out.shape[0]} rows, expected {raw.shape[0]}")
+    rows = raw.shape[0]
+    flags = {
+        "HAS_NORM": q_weight is not None,
+        "ROUND_FIRST": spec.norm.round_first,
+        "HAS_DELTA": has_delta,
+        "OUT_HEAD_DIM": spec.out_head_dim,
+        "BLOCK_D": triton.next_power_of_2(spec.out_head_dim),
+        **constants,
+    }
+    strides = [stride(x) for x in (raw, cos, sin, attn_out, dout, out)]
+    to_delta = delta.strides if has_delta and delta is not None else (0, 0)
+    return Plan(
+        (cdiv(rows, constants["BLOCK_M"]), 3 if has_delta else 2),
+        (),
+        (rows, *strides, *to_delta, spec.norm.eps, spec.norm.offset),
+        flags,
+    )
+
+
+@planned
+def _backward_plan(
+    dqk: Layout,
+    raw: Layout | None,
+    cos: Layout | None,
+    sin: Layout | None,
+    q_weight: Layout | None,
+    k_weight: Layout | None,
+    spec: QKSpec,
+    need_dweights: tuple[bool, bool],
+) -> Plan | None:
+    """None where there is nothing to do."""
+    constants = _check({"dqk": dqk, "raw": raw}, cos, sin, (q_weight, k_weight), spec, dqk)
+    has_norm = raw is not None and q_weight is not None
+    if not has_norm and cos is None:
+        return None
+    rows = dqk.shape[0]
+    programs = cdiv(rows, constants["BLOCK_M"])
+    if has_norm:
+        programs = min(programs, resident_programs(dqk.device, constants["num_warps"]))
+    strides = [stride(x) for x in (raw, cos, sin, dqk)]
+    flags = {
+        "HAS_NORM": has_norm,
+        "NEED_DQ_WEIGHT": has_norm and need_dweights[0],
+        "NEED_DK_WEIGHT": has_norm and need_dweights[1],
+        **constants,
+    }
+    return Plan((programs, 2), (), (rows, *strides, spec.norm.eps, spec.norm.offset), flags)
 
 
 def qk_rope_forward(
@@ -395,25 +469,14 @@ def qk_rope_forward(
         TypeError: for a dtype no kernel takes.
         ValueError: for a shape, device, stride or spec that is not as above.
     """
-    matrices: dict[str, Tensor | None] = {"raw": raw, "out": out}
-    constants = _check(matrices, cos, sin, (q_weight, k_weight), spec, raw)
-    has_delta = attn_out is not None and dout is not None and delta is not None
-    if attn_out is not None and dout is not None and delta is not None:
-        check_delta(attn_out, dout, delta, spec)
-        if attn_out.shape[0] != raw.shape[0]:
-            raise ValueError(f"attn_out has {attn_out.shape[0]} rows, expected {raw.shape[0]}")
-    rows = raw.shape[0]
-    if rows:
+    plan = _forward_plan(
+        *layouts(raw, cos, sin, q_weight, k_weight, attn_out, dout, out, delta), spec
+    )
+    if len(raw):
         with on_device(raw):
-            qk_rope_forward_kernel[cdiv(rows, constants["BLOCK_M"]), 3 if has_delta else 2](
-                raw, cos, sin, q_weight, k_weight, attn_out, dout, out, delta,
-                rows,
-                raw.stride(0), _stride(cos), _stride(sin), _stride(attn_out), _stride(dout),
-                out.stride(0), _stride(delta), _stride(delta, 1),
-                spec.norm.eps, spec.norm.offset,
-                HAS_NORM=q_weight is not None, ROUND_FIRST=spec.norm.round_first,
-                HAS_DELTA=has_delta, OUT_HEAD_DIM=spec.out_head_dim,
-                BLOCK_D=triton.next_power_of_2(spec.out_head_dim), **constants,
+            qk_rope_forward_kernel[plan.grid](
+                raw, cos, sin, q_weight, k_weight, attn_out, dout, out, delta, *plan.numbers,
+                **plan.flags,
             )  # fmt: skip
 
 
@@ -447,27 +510,23 @@ def qk_rope_backward(
         TypeError: for a dtype no kernel takes.
         ValueError: for a shape, device, stride or spec that is not as above.
     """
-    constants = _check({"dqk": dqk, "raw": raw}, cos, sin, (q_weight, k_weight), spec, dqk)
-    has_norm = raw is not None and q_weight is not None
-    if not has_norm and cos is None:
+    plan = _backward_plan(
+        *layouts(dqk, raw, cos, sin, q_weight, k_weight), spec, tuple(need_dweights)
+    )
+    if plan is None:
         return None, None
-    rows = dqk.shape[0]
-    programs = cdiv(rows, constants["BLOCK_M"])
-    partials: list[Tensor | None] = [None, None]
-    if has_norm:
-        programs = min(programs, resident_programs(dqk.device, constants["num_warps"]))
-        for index, weight in enumerate((q_weight, k_weight)):
-            if need_dweights[index] and weight is not None:
-                partials[index] = dqk.new_empty(programs, weight.numel(), dtype=torch.float32)
-    if rows:
+    programs, _ = plan.grid
+    partials = [
+        weight.new_empty(programs, len(weight), dtype=torch.float32)
+        if weight is not None and plan.flags[f"NEED_D{name}_WEIGHT"]
+        else None
+        for name, weight in (("Q", q_weight), ("K", k_weight))
+    ]
+    if len(dqk):
         with on_device(dqk):
-            qk_rope_backward_kernel[programs, 2](
+            qk_rope_backward_kernel[plan.grid](
                 dqk if raw is None else raw, cos, sin, q_weight, k_weight, dqk, *partials,
-                rows,
-                _stride(raw), _stride(cos), _stride(sin), dqk.stride(0),
-                spec.norm.eps, spec.norm.offset,
-                HAS_NORM=has_norm, NEED_DQ_WEIGHT=partials[0] is not None,
-                NEED_DK_WEIGHT=partials[1] is not None, **constants,
+                *plan.numbers, **plan.flags,
             )  # fmt: skip
     dq_weight, dk_weight = (None if partial is None else partial.sum(0) for partial in partials)
     return dq_weight, dk_weight

@@ -97,7 +97,9 @@ def library_accumulates(x: Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None
 
 
-def accumulate_outer(total: Tensor | None, dy: Tensor, x: Tensor) -> Tensor:
+def accumulate_outer(
+    total: Tensor | None, dy: Tensor, x: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """Add `dy^T x` to a weight gradient. As `reference.linear.accumulate_outer`.
 
     Raises:
@@ -105,8 +107,8 @@ def accumulate_outer(total: Tensor | None, dy: Tensor, x: Tensor) -> Tensor:
         ValueError: for shapes, strides or devices that do not fit.
     """
     if library_accumulates(x):
-        return reference.accumulate_outer(total, dy, x)
-    return weight_grad(total, dy, x)
+        return reference.accumulate_outer(total, dy, x, dtype)
+    return weight_grad(total, dy, x, dtype)
 
 
 @planned
@@ -117,7 +119,7 @@ def _plan(dy: Layout, x: Layout, total: Layout, accumulate: bool, config: Config
     if dy.dtype != x.dtype:
         raise TypeError(f"dy is {dy.dtype}, expected the dtype of x ({x.dtype})")
     check_matrix("total", total, (N, K), x)
-    if total.dtype != torch.float32:
+    if total.dtype != torch.float32 and (accumulate or total.dtype != x.dtype):
         raise TypeError(f"total is {total.dtype}, expected torch.float32")
     aligned = describable(dy) and describable(x)
     desc = uses_descriptors(x) and aligned
@@ -145,20 +147,26 @@ def _plan(dy: Layout, x: Layout, total: Layout, accumulate: bool, config: Config
 
 
 def weight_grad(
-    total: Tensor | None, dy: Tensor, x: Tensor, config: Config | None = None
+    total: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    dtype: torch.dtype | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """The kernel, whatever the library can do. Arguments as `accumulate_outer`.
 
     Args:
-        total: as there, and so dy, x and the result.
+        total: as there, and so dy, x, dtype and the result.
         dy: see total.
         x: see total.
+        dtype: see total.
         config: tile sizes; None for the table's.
     """
     dy, x = readable(dy), readable(x)
     accumulate = total is not None
     if total is None:
-        total = x.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)
+        short = dtype == x.dtype  # else the sum's
+        total = x.new_empty(dy.shape[1], x.shape[1], dtype=dtype if short else torch.float32)
     plan = _plan(layout(dy), layout(x), layout(total), accumulate, config)
     dy_block, x_block = plan.blocks
     with on_device(x):

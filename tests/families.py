@@ -13,7 +13,7 @@ FAMILIES = {
     "gpt2": BlockSpec(
         32, 64, 4, norm="layernorm", norm_eps=1e-5, hidden_act="gelu_new", gated=False,
         qkv_bias=True, o_bias=True, up_bias=True, down_bias=True, rope=None,
-        attention_dropout=0.1, residual_dropout=0.2,
+        attention_dropout=0.1, residual_dropout=0.2, stacked_qkv=True, conv1d=True,
     ),
     "gemma2": BlockSpec(
         32, 48, 4, 1, norm_position="both", norm_offset=1.0, norm_round_first=False,
@@ -25,6 +25,7 @@ FAMILIES = {
     ),
     "phi3": BlockSpec(
         32, 48, 4, 2, stacked_qkv=True, stacked_gate_up=True, rotary_dim=4, residual_dropout=0.1,
+        activation_dropout=0.2, up_bias=True,
     ),
     "relu2": BlockSpec(
         32, 64, 2, hidden_act="relu2", gated=False, rope="interleaved", causal=False,
@@ -33,7 +34,23 @@ FAMILIES = {
     "geglu-layernorm-post": BlockSpec(
         32, 48, 4, 2, norm="layernorm", norm_position="both", hidden_act="gelu", up_bias=True,
     ),
-    "odd-sizes": BlockSpec(30, 45, 3, 1, head_dim=10, qkv_bias=True),
+    "bert": BlockSpec(
+        32, 48, 4, norm="layernorm", norm_position="after_residual", norm_eps=1e-12,
+        hidden_act="gelu", gated=False, rope=None, causal=False, qkv_bias=True, o_bias=True,
+        up_bias=True, down_bias=True, attention_dropout=0.1, residual_dropout=0.1,
+        residual_multiplier=-1.5, activation_dropout=0.1,
+    ),
+    "neox": BlockSpec(
+        32, 48, 4, norm="layernorm", parallel_residual=True, hidden_act="gelu", gated=False,
+        qkv_bias=True, o_bias=True, up_bias=True, down_bias=True, rotary_dim=4, stacked_qkv=True,
+        qkv_per_head=True, residual_dropout=0.1,
+    ),
+    "shared-norm-and-layer-scale": BlockSpec(
+        32, 48, 4, 2, norm="layernorm", norm_bias=False, parallel_residual=True, shared_norm=True,
+        rope="interleaved", layer_scale=True, down_bias=True, residual_multiplier=0.7,
+        residual_dropout=0.1,
+    ),
+    "odd-sizes": BlockSpec(30, 45, 3, 1, head_dim=10, qkv_bias=True, residual_multiplier=0.22),
     "sinks-and-wide-values": BlockSpec(
         32, 48, 4, 2, v_head_dim=20, attention_sinks=True, sliding_window=9, qkv_bias=True,
         stacked_qkv=True,

@@ -8,10 +8,12 @@ from conftest import DEVICE
 from test_attention import check, plain
 
 from backfuse import flash_attention
+from backfuse.kernels import attention as forward_module
+from backfuse.kernels import attention_backward as backward_module
 from backfuse.kernels import fused
 from backfuse.kernels.attention import attention_forward
 from backfuse.kernels.attention_backward import attention_backward
-from backfuse.kernels.attention_launch import MAX_BATCH, Launch
+from backfuse.kernels.attention_launch import MAX_BATCH
 from backfuse.kernels.reference.explicit_attention import AttentionMask
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -48,12 +50,31 @@ def test_sinks_of_any_stride(kind):
     kernels(*heads(20, count=4), AttentionMask(scale=0.25), sinks=sinks)
 
 
-def test_offsets_reach_a_kernel_in_32_bits():
+class Recorder:
+    """Stands in a kernel's place and remembers what it was given."""
+
+    def __init__(self):
+        self.given = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **flags: self.given.append(args)
+
+
+def test_offsets_reach_a_kernel_in_32_bits(monkeypatch):
     """In 64 they would be a descriptor's offsets, which have 32: that does not compile."""
+    kernels = Recorder()
+    monkeypatch.setattr(forward_module, "attention_forward_kernel", kernels)
+    monkeypatch.setattr(backward_module, "attention_dkdv_kernel", kernels)
+    monkeypatch.setattr(backward_module, "attention_dq_kernel", kernels)
     q, k, v = heads(20)
     offsets = torch.tensor([0, 7, 20], device=DEVICE)
-    launch = Launch(q, k, v, AttentionMask(), None, offsets, offsets, None)
-    assert launch.cu_seqlens.dtype == launch.cu_seqlens_k.dtype == torch.int32
+    both = {"cu_seqlens": offsets, "cu_seqlens_k": offsets}
+    out, lse = attention_forward(q, k, v, AttentionMask(), **both)
+    attention_backward(out, q, k, v, lse, AttentionMask(), lse, **both)
+    assert len(kernels.given) == 3
+    for args in kernels.given:
+        integers = [x for x in args if isinstance(x, torch.Tensor) and not x.is_floating_point()]
+        assert len(integers) == 4 and all(x.dtype == torch.int32 for x in integers)
 
 
 @pytest.mark.parametrize("window, causal", [(None, True), (20, True), (20, False)])

@@ -212,6 +212,7 @@ def test_bad_input(change, error, message):
         check_attention(**arguments)
     with pytest.raises(error, match=message):
         attention_forward(**arguments)
-    grads = {"dout": GOOD[..., : arguments["v"].shape[-1]], "lse": GOOD, "delta": GOOD}
+    rows = torch.zeros(1, 2, 4)
+    grads = {"dout": GOOD[..., : arguments["v"].shape[-1]], "lse": rows, "delta": rows}
     with pytest.raises(error, match=message):
         attention_backward(**arguments, **grads)

@@ -25,6 +25,7 @@ from backfuse.bench import (
     shapes,
     ways,
 )
+from backfuse.bench.plain import is_llama
 
 TINY = BlockSpec(32, 48, 4, 2)
 TINY_SHAPES = {
@@ -44,9 +45,11 @@ OPS_AND_SHAPES = [
     (op, shape)
     for op in registry.OPERATIONS
     for shape, spec in TINY_SHAPES.items()
-    if op != "rope" or spec.rope
+    if (op != "rope" or spec.rope) and (op not in ("model", "lora") or is_llama(spec))
 ]
-NOT_COMPILED = ("eager", "checkpoint", "sac-attention", "sac-every-2nd-mm", "backfuse")
+NOT_COMPILED = (
+    "eager", "checkpoint", "hf-checkpointing", "sac-attention", "sac-every-2nd-mm", "backfuse"
+)  # fmt: skip
 ARGS = ["--shape", "tiny", "--tokens", "40", "--rounds", "2", "--device", "cpu"]
 
 
@@ -99,6 +102,7 @@ def test_shapes_have_the_published_sizes(name):
 def test_the_command_knows_all_operations():
     assert {name: op.summary for name, op in registry.OPERATIONS.items()} == cli_bench.OPERATIONS
     assert registry.OPERATIONS.keys() == operations.PROBLEMS.keys()
+    assert run.SEVERAL == cli_bench.SEVERAL
     assert all(next(iter(op.providers)) == "eager" for op in registry.OPERATIONS.values())
 
 
@@ -130,7 +134,7 @@ def test_cross_checks_are_what_their_sources_measure():
 @pytest.mark.parametrize("dtype", ["fp64", "bf16"])
 @pytest.mark.parametrize(("op", "shape"), OPS_AND_SHAPES)
 def test_every_contender_is_right(op, shape, dtype):
-    layers = 2 if op in ("ffn", "stack", "train") else None
+    layers = 2 if op in run.SEVERAL else None
     chosen = setup(op, shape=(shape,), dtype=(dtype,), layers=layers, batch_size=2)
     frame, failed = measured(chosen)
     assert set(frame["status"]) == {"ok"} and not failed, frame[["provider", "status", "note"]]
@@ -244,7 +248,7 @@ def test_training_step_counts_the_optimizer_and_moves_nothing(monkeypatch):
         assert torch.equal(parameter, before[name])
 
 
-@pytest.mark.parametrize("op", ["stack", "train"])
+@pytest.mark.parametrize("op", ["stack", "train", "model", "lora"])
 def test_exact_runs_are_exact(op):
     """Hugging Face's norms compute in fp32 in any dtype: the exact run must not use them."""
     asked = operations.PROBLEMS[op](next(setup(op, layers=2).cases()))

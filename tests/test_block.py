@@ -175,6 +175,23 @@ def test_the_halves_make_the_block(family):
         assert same_bits(got, expected)
 
 
+@pytest.mark.parametrize("change", [{"norm_position": "post"}, {"norm_position": "both"},
+                                    {"shared_norm": True}, {}])  # fmt: skip
+def test_parallel_halves_add_up(change):
+    """Both read x; with norms at their ends too. `tests/families.py` has the rest."""
+    spec = BlockSpec(32, 48, 4, parallel_residual=True, **change)
+    block = make_block(spec, dtype=torch.float64)
+    x, grad = make_input(spec, dtype=torch.float64)
+    found = results(block, x, grad)
+    for policy in NAMED[1:]:
+        block.policy = policy
+        assert same_bits(results(block, x, grad), found), policy
+    weights = dict(block.named_parameters())
+    y = attention(x, weights, spec, "full") + ffn(x, weights, spec, "full") - x
+    expected = torch.autograd.grad(y, [x, *weights.values()], grad)
+    torch.testing.assert_close(found, [y.detach(), *expected])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("policy", NAMED)
 def test_second_backward_through_a_retained_graph(family, policy):

@@ -135,9 +135,10 @@ def test_what_is_not_wanted_is_not_made():
     assert result == (None, None) and out.isfinite().all()
     preact = case.poisoned().zero_()
     out = case.poisoned()
-    assert fused.ffn_dact(
-        case.dy, case.down, preact, "silu", True, out, need_hidden=False
-    ) == (None, None)
+    assert fused.ffn_dact(case.dy, case.down, preact, "silu", True, out, need_hidden=False) == (
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -196,6 +197,12 @@ def test_weight_gradients(shape, dtype, poisoned_empty):
     first = total.clone()
     assert weight_grad(total, dy, x) is total
     assert torch.equal(total, first + first)  # the same product, added in fp32
+    rounded = weight_grad(None, dy, x, dtype)  # one chunk alone: rounded as it is written
+    assert rounded.dtype == dtype and torch.equal(rounded, first.to(dtype))
+    if dtype != torch.float32:
+        assert weight_grad(None, dy, x, torch.float32).dtype == torch.float32
+        with pytest.raises(TypeError, match="total is"):
+            weight_grad(rounded, dy, x)
 
 
 #: On a GPU its own configurations, under the interpreter everybody's.
@@ -210,7 +217,7 @@ def test_every_configuration_computes_the_same(kernel, config):
     plain = case.plain("silu", torch.float64)
     if kernel == "weight_grad":
         exact = case.dy.double().T @ case.x.double()
-        pairs = [(weight_grad(None, case.dy, case.x, config), exact)]
+        pairs = [(weight_grad(None, case.dy, case.x, config=config), exact)]
     else:
         preact, out = case.poisoned(), case.poisoned()
         ups = (*case.ups(), "silu", True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from families import assert_as_good_as, error
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from backfuse import BlockSpec, TransformerBlock, attention, rope_cos_sin
@@ -22,7 +22,18 @@ SIZES = {
     "max_position_embeddings": 128,
     "pad_token_id": 0,
 }
+TOKENS = {"vit": 37, "dinov2": 37, "deit": 38}  # 36 patches and one or two
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SPECIAL = {
+    "bert": NO_DROPOUT,
+    "roberta": NO_DROPOUT,
+    "vit": {"image_size": 48, "patch_size": 8},
+    "dinov2": {"image_size": 48, "patch_size": 8, "mlp_ratio": 2},
+    "deit": {"image_size": 48, "patch_size": 8},
+    "gpt_neox": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    },
+    "granite": {"residual_multiplier": 0.22, "attention_multiplier": 0.3},
     "gpt2": {
         "n_embd": 48,
         "n_head": 6,
@@ -50,13 +61,33 @@ SPECIAL = {
     "starcoder2": {"use_bias": True, "sliding_window": 12},
 }
 FAMILIES = [
-    "gemma", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "olmo2", "phi3", "qwen2",
-    "qwen3", "smollm3", "starcoder2",
+    "bert", "dinov2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama",
+    "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2", "vit",
 ]  # fmt: skip
+BERT = {
+    **{f"attention.self.{name}": f"self_attn.{name[0]}_proj" for name in ("query", "key", "value")},
+    "attention.output.dense": "self_attn.o_proj",
+    "attention.output.LayerNorm": "post_attention_layernorm",
+    "intermediate.dense": "mlp.up_proj", "output.dense": "mlp.down_proj",
+    "output.LayerNorm": "post_feedforward_layernorm",
+}  # fmt: skip
+VIT = {
+    **{f"attention.{name}_proj": f"self_attn.{name}_proj" for name in "qkvo"},
+    "layernorm_before": "input_layernorm", "layernorm_after": "post_attention_layernorm",
+    "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj",
+}  # fmt: skip
+DINOV2 = {**VIT, "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 RENAMED = {
+    "dinov2": DINOV2,
+    "bert": BERT, "roberta": BERT, "vit": VIT, "deit": VIT,
+    "gpt_neox": {
+        "attention.query_key_value": "self_attn.qkv_proj", "attention.dense": "self_attn.o_proj",
+        "mlp.dense_h_to_4h": "mlp.up_proj", "mlp.dense_4h_to_h": "mlp.down_proj",
+    },
     "starcoder2": {"mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"},
     "gpt2": {
         "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm",
+        "attn.c_attn": "self_attn.qkv_proj",
         "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj",
     },
 }  # fmt: skip
@@ -66,26 +97,30 @@ def make_model(family):
     """A random tiny model in fp32, attention as plain PyTorch operations."""
     torch.manual_seed(0)
     sizes = {} if family == "gpt2" else SIZES
+    if family == "dinov2":
+        sizes = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
+    if family in RENAMED and family != "starcoder2":  # as many keys as queries
+        sizes = {name: size for name, size in sizes.items() if name != "num_key_value_heads"}
     config = AutoConfig.for_model(family, **{**sizes, **SPECIAL.get(family, {})})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    kind = AutoModel if RENAMED.get(family) in (BERT, VIT, DINOV2) else AutoModelForCausalLM
+    model = kind.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
 
 
+def make_grad(family):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(2, TOKENS.get(family, 40), 48, generator=generator)
+
+
 def weights_of(family, layer):
-    """The layer's weights by a block's names, as views: gradients reach the layer."""
+    """The layer's own weights by a block's names: no copies, no views."""
     found = {}
     for name, parameter in layer.named_parameters():
         path, _, kind = name.rpartition(".")
-        conv1d = family == "gpt2" and parameter.dim() == 2  # stored [in, out]
-        value = parameter.t() if conv1d else parameter
-        if path == "attn.c_attn":
-            for short, part in zip("qkv", value.chunk(3, 0), strict=True):
-                found[f"self_attn.{short}_proj.{kind}"] = part
-            continue
-        found[f"{RENAMED.get(family, {}).get(path, path)}.{kind}"] = value
+        found[f"{RENAMED.get(family, {}).get(path, path)}.{kind}"] = parameter
     return found
 
 
@@ -93,9 +128,11 @@ def capture(model, index, dtype):
     """What the model hands to one layer, and the gradient that comes back to its output."""
     model = model.to(dtype)
     seen = {}
-    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
     torch.manual_seed(1)
-    ids = torch.randint(0, 64, (2, 40))
+    given = {"input_ids": torch.randint(0, 64, (2, 40)), "use_cache": False}
+    if size := getattr(model.config, "image_size", None):
+        given = {"pixel_values": torch.randn(2, 3, size, size, dtype=dtype)}
 
     def before(module, args, kwargs):
         seen["args"], seen["kwargs"] = args[1:], kwargs
@@ -112,7 +149,7 @@ def capture(model, index, dtype):
         layers[index].register_forward_pre_hook(before, with_kwargs=True),
         layers[index].register_forward_hook(after, with_kwargs=True),
     ]
-    model(ids, use_cache=False)
+    model(**given)
     for hook in hooks:
         hook.remove()
     return seen, layers[index]
@@ -196,7 +233,7 @@ def assert_close_to(ours, plain, exact, dtype, slack):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("policy", ["keep", "full"])
 def test_layer(family, index, dtype, policy):
-    grad = torch.randn(2, 40, 48, generator=torch.Generator().manual_seed(3))
+    grad = make_grad(family)
     # the same input in both precisions: the low one's, exactly
     low, layer, plain = theirs(family, index, dtype, grad)
     spec = BlockSpec.from_config(make_model(family).config, index)
@@ -206,13 +243,89 @@ def test_layer(family, index, dtype, policy):
     assert_close_to(ours, by_block_name(family, plain), exact, dtype, 4)
 
 
+@pytest.mark.parametrize("family", ["roberta", "deit"])
+def test_layers_that_are_built_as_those(family):
+    test_layer(family, 0, torch.float32, "lean")
+
+
+def test_dinov2_with_a_gate(monkeypatch):
+    monkeypatch.setitem(SPECIAL, "dinov2", {**SPECIAL["dinov2"], "use_swiglu_ffn": True})
+    test_layer("dinov2", 0, torch.float32, "full")
+
+
+def test_gpt_neox_with_one_half_after_the_other():
+    config = make_model("gpt_neox").config
+    config.use_parallel_residual = False
+    assert BlockSpec.from_config(config) == BlockSpec.from_config(
+        make_model("gpt_neox").config
+    ).replace(parallel_residual=False)
+
+
+def test_an_encoder_as_a_decoder_is_causal():
+    config = make_model("bert").config
+    config.is_decoder = True
+    assert BlockSpec.from_config(config).causal
+    config.add_cross_attention = True
+    with pytest.raises(ValueError, match="add_cross_attention is True"):
+        BlockSpec.from_config(config)
+
+
+@pytest.mark.parametrize("policy", ["keep", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pytorchs_encoder_layer(policy, dtype):
+    """`torch.nn.TransformerEncoderLayer`, its norms after the residual."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(
+        48, 6, 80, dropout=0.0, activation="gelu", batch_first=True, dtype=torch.float64
+    )
+    names = {
+        "self_attn.in_proj_weight": "self_attn.qkv_proj.weight",
+        "self_attn.in_proj_bias": "self_attn.qkv_proj.bias",
+        "self_attn.out_proj": "self_attn.o_proj", "linear1": "mlp.up_proj",
+        "linear2": "mlp.down_proj", "norm1": "post_attention_layernorm",
+        "norm2": "post_feedforward_layernorm",
+    }  # fmt: skip
+    spec = BlockSpec(
+        48, 80, 6, norm="layernorm", norm_eps=1e-5, norm_position="after_residual", rope=None,
+        hidden_act="gelu", gated=False, causal=False, qkv_bias=True, o_bias=True, up_bias=True,
+        down_bias=True, stacked_qkv=True,
+    )  # fmt: skip
+
+    def renamed(name):
+        path, _, kind = name.rpartition(".")
+        return names.get(name) or f"{names[path]}.{kind}"
+
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    layer.to(dtype)
+    x, grad = torch.randn(2, 2, 40, 48).to(dtype)
+
+    def run(module, dtype):
+        module.zero_grad(set_to_none=True)
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        y = module(leaf)
+        y.backward(grad.to(dtype))
+        grads = {name: p.grad for name, p in module.named_parameters()}
+        return {"y": y.detach(), "x": leaf.grad, **grads}
+
+    block = TransformerBlock(spec, policy, dtype=dtype)
+    block.load_state_dict({renamed(n): p for n, p in layer.state_dict().items()})
+    ours, plain = run(block, dtype), run(layer, dtype)
+    exact = run(layer.double(), torch.float64)
+    plain, exact = (
+        {n if n in "yx" else renamed(n): v for n, v in found.items()} for found in (plain, exact)
+    )
+    assert_close_to(ours, plain, exact, dtype, 4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("policy", ["keep", "full"])
 def test_layer_under_autocast(family, index, autocast, policy):
     """Weights and x in fp32, GEMMs in a low precision; only the forward pass sees autocast."""
-    grad = torch.randn(2, 40, 48, generator=torch.Generator().manual_seed(3))
+    grad = make_grad(family)
     model = make_model(family)
     spec = BlockSpec.from_config(model.config, index)
     seen, layer = capture(model, index, torch.float32)

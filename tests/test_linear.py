@@ -34,3 +34,15 @@ def test_weight_gradients_over_chunks_are_summed_in_high_precision(dtype):
         eps * chunks.abs().sum(0) / 2 + 64 * 1.2e-7 * (dy.double().abs().T @ x.double().abs())
     ).clamp(min=1e-12)
     assert ((total.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_only_chunk_is_rounded_once(dtype):
+    dy, x = torch.randn(64, 3).to(dtype), torch.randn(64, 5).to(dtype)
+    alone = accumulate_outer(None, dy, x, dtype)
+    exact, sizes = dy.double().T @ x.double(), dy.double().abs().T @ x.double().abs()
+    assert alone.dtype == dtype
+    bound = torch.finfo(dtype).eps / 2 * exact.abs() + 64 * 1.2e-7 * sizes
+    assert ((alone.double() - exact).abs() <= bound).all()
+    if dtype.itemsize == 2:
+        assert accumulate_outer(None, dy, x, torch.float32).dtype == torch.float32

@@ -66,16 +66,18 @@ def test_to_the_byte(family, frozen, input_grad):
     head_dim=st.sampled_from([2, 6, 8]),
     width=st.integers(1, 40),
     ffn=st.integers(1, 40),
-    position=st.sampled_from(["pre", "post", "both"]),
+    position=st.sampled_from(["pre", "post", "both", "after_residual"]),
     norm=st.sampled_from(["rmsnorm", "layernorm"]),
     gated=st.booleans(),
+    parallel=st.booleans(),
     policy=st.sampled_from(POLICIES + FP8_POLICIES),
     tokens=st.integers(1, 80),
 )
-def test_any_shape(heads, head_dim, width, ffn, position, norm, gated, policy, tokens):
+def test_any_shape(heads, head_dim, width, ffn, position, norm, gated, parallel, policy, tokens):
     spec = BlockSpec(
-        width, ffn, *heads, head_dim=head_dim, norm_position=position, norm=norm, gated=gated
-    )
+        width, ffn, *heads, head_dim=head_dim, norm_position=position, norm=norm, gated=gated,
+        parallel_residual=parallel and position != "after_residual",
+    )  # fmt: skip
     x, _ = make_input(spec, batch_size=1, seq_len=tokens)
     angles = angles_for(spec, tokens, torch.float32)
     held = measure(make_block(spec, policy), x, angles=angles)

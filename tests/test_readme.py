@@ -119,6 +119,8 @@ def test_named_families_are_the_ones_that_are_read():
     told = {
         "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen 2", "qwen3": "3", "gemma": "Gemma 1",
         "gemma2": "Gemma", "gemma3_text": "to 3", "phi3": "Phi-3", "olmo2": "OLMo 2",
-        "smollm3": "SmolLM3", "starcoder2": "StarCoder2", "gpt2": "GPT-2",
+        "smollm3": "SmolLM3", "starcoder2": "StarCoder2", "gpt2": "GPT-2", "gpt_neox": "GPT-NeoX",
+        "granite": "Granite", "bert": "BERT", "roberta": "RoBERTa", "vit": "ViT", "deit": "DeiT",
+        "dinov2": "DINOv2",
     }  # fmt: skip
     assert told.keys() == FAMILIES.keys() and all(word in README for word in told.values())

@@ -55,6 +55,19 @@ def test_sinks_and_heads_of_v_of_their_own_width():
     assert "self_attn.sinks" not in BlockSpec(8, 12, 4).parameters()
 
 
+def test_layouts_of_weights():
+    gpt2 = BlockSpec(8, 12, 4, gated=False, stacked_qkv=True, conv1d=True, qkv_bias=True)
+    shapes = gpt2.parameters()
+    assert shapes["self_attn.qkv_proj.weight"] == (8, 24)
+    assert shapes["self_attn.qkv_proj.bias"] == (24,)
+    assert shapes["mlp.up_proj.weight"] == (8, 12) and shapes["mlp.down_proj.weight"] == (12, 8)
+    shared = BlockSpec(8, 12, 4, parallel_residual=True, shared_norm=True)
+    assert [n for n in shared.parameters() if "norm" in n] == ["input_layernorm.weight"]
+    assert "input_layernorm.weight" in shared.ffn_parameters()
+    after = BlockSpec(8, 12, 4, norm_position="after_residual")
+    assert after.norm_names == BlockSpec(8, 12, 4, norm_position="post").norm_names
+
+
 def test_an_odd_head_dim_may_rotate_in_part_or_not_at_all():
     assert BlockSpec(28, 48, 4, rotary_dim=6).head_dim == 7
     assert BlockSpec(28, 48, 4, rope=None).head_dim == 7
@@ -92,6 +105,7 @@ def test_an_odd_head_dim_may_rotate_in_part_or_not_at_all():
         ({"norm_eps": -1.0}, "norm_eps is -1.0, expected a positive number"),
         ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping is 0.0"),
         ({"residual_dropout": 1.0}, "residual_dropout is 1.0, expected 0 <= p < 1"),
+        ({"activation_dropout": 1.0}, "activation_dropout is 1.0, expected 0 <= p < 1"),
         ({"attention_dropout": -0.1}, "attention_dropout is -0.1"),
         ({"norm_eps": None}, "norm_eps is None"),
         ({"norm_eps": "a"}, "norm_eps is 'a'"),
@@ -100,6 +114,27 @@ def test_an_odd_head_dim_may_rotate_in_part_or_not_at_all():
         ({"norm_offset": "x"}, "norm_offset is 'x'"),
         ({"gated": "no"}, "gated is 'no', expected True or False"),
         ({"gated": False, "stacked_gate_up": True}, "stacked_gate_up is True"),
+        ({"norm_position": "after"}, "norm_position is 'after', expected one of 'pre'"),
+        (
+            {"layer_scale": True, "norm_position": "both"},
+            "layer_scale is True, expected False with norm_position 'both'",
+        ),
+        ({"residual_multiplier": None}, "residual_multiplier is None, expected a number"),
+        ({"residual_multiplier": float("nan")}, "residual_multiplier is nan"),
+        ({"qkv_per_head": True}, "qkv_per_head is True, expected False without stacked_qkv"),
+        (
+            {"qkv_per_head": True, "stacked_qkv": True, "conv1d": True},
+            "conv1d is True, expected False with qkv_per_head",
+        ),
+        (
+            {"parallel_residual": True, "norm_position": "after_residual"},
+            "norm_position is 'after_residual', expected another one with parallel_residual",
+        ),
+        ({"shared_norm": True}, "shared_norm is True, expected False without parallel_residual"),
+        (
+            {"shared_norm": True, "parallel_residual": True, "norm_position": "post"},
+            "shared_norm is True, expected False without .* a norm before",
+        ),
     ],
 )
 def test_bad_values(change, message):

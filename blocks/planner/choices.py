@@ -13,6 +13,7 @@ from backfuse.blocks.costs import BESIDE, BlockCosts, block_costs
 from backfuse.blocks.devices import Device
 from backfuse.blocks.devices import device as device_named
 from backfuse.blocks.errors import nearest
+from backfuse.blocks.lora import Adapters, AdaptersLike
 from backfuse.blocks.memory import kept_bytes, wanted_set
 from backfuse.blocks.policy import ACTIVATION_NAMES, FP8_NAMES, KEEP, NAMED_POLICIES, Policy
 from backfuse.blocks.spec import BlockSpec
@@ -87,15 +88,16 @@ def layer_choice(
     dtype: torch.dtype = torch.bfloat16,
     device: Device | str,
     requires_grad: bool | Collection[str] = True,
+    adapters: AdaptersLike | Adapters | None = None,
 ) -> Choice:
     """One policy of one layer, and what it costs; arguments and errors as `layer_choices`."""
     costs = block_costs(
         spec, policy, batch_size=batch_size, seq_len=seq_len, dtype=dtype, device=device,
-        requires_grad=requires_grad,
+        requires_grad=requires_grad, adapters=adapters,
     )  # fmt: skip
     full = kept_bytes(
         spec, KEEP, batch_size=batch_size, seq_len=seq_len, dtype=dtype,
-        requires_grad=requires_grad,
+        requires_grad=requires_grad, adapters=adapters,
     )  # fmt: skip
     return Choice(
         policy,
@@ -126,7 +128,7 @@ def segment_choice(spec: BlockSpec, part: Segments, **sizes: Any) -> Choice:
         return alone
     others = layer_choice(spec, policy.with_x("recompute"), **sizes)
     # a segment keeps its input even where no block reads its own: others are rebuilt from it
-    wanted = wanted_set(spec, sizes.get("requires_grad", True))
+    wanted = wanted_set(spec, sizes.get("requires_grad", True), sizes.get("adapters"))
     tokens = sizes["batch_size"] * sizes["seq_len"]
     itemsize = sizes.get("dtype", torch.bfloat16).itemsize
     x = tokens * spec.hidden_size * itemsize if wanted else 0
@@ -160,6 +162,7 @@ def layer_choices(
     device: Device | str,
     allow: Collection[str] = ("recompute", "offload"),
     requires_grad: bool | Collection[str] = True,
+    adapters: AdaptersLike | Adapters | None = None,
 ) -> tuple[Choice, ...]:
     """What one layer can do, the policy `keep` first; what another beats in everything is left out.
 
@@ -171,6 +174,7 @@ def layer_choices(
         device: it, or its name.
         allow: actions beside `keep`, of `ALLOWED`.
         requires_grad: names of what wants a gradient (see `kept_bytes`).
+        adapters: projection -> its `LoRA`, or several.
 
     Raises:
         TypeError: for a spec, a dtype or names that are none.
@@ -181,7 +185,7 @@ def layer_choices(
     found = [
         layer_choice(
             spec, policy, batch_size=batch_size, seq_len=seq_len, dtype=dtype, device=where,
-            requires_grad=requires_grad,
+            requires_grad=requires_grad, adapters=adapters,
         )
         for policy in _policies(allow)
     ]  # fmt: skip

@@ -26,6 +26,7 @@ import torch
 from backfuse.blocks.devices import Device
 from backfuse.blocks.devices import device as device_named
 from backfuse.blocks.keep import INPUT
+from backfuse.blocks.lora import Adapters, AdaptersLike, parse_adapters
 from backfuse.blocks.memory import wanted_set
 from backfuse.blocks.policy import ACTIVATION_NAMES, KEEP, NAMED_POLICIES, Policy
 from backfuse.blocks.spec import BlockSpec, choose
@@ -61,6 +62,7 @@ class Plan:
         host_budget: likewise of `host_bytes`.
         policies: one a layer, the first layer first.
         segments: sizes of the segments that share one `x`, as `BlockStack` takes them.
+        adapters: of each layer's projections.
     """
 
     spec: BlockSpec
@@ -76,6 +78,7 @@ class Plan:
     host_budget: int | None
     policies: tuple[Policy, ...]
     segments: tuple[Segments, ...]
+    adapters: Adapters = ()
 
     def __post_init__(self) -> None:
         choose("strategy", self.strategy, STRATEGIES)
@@ -98,6 +101,7 @@ class Plan:
         return {
             "batch_size": self.batch_size, "seq_len": self.seq_len, "dtype": self.dtype,
             "device": self.device, "requires_grad": self.requires_grad,
+            "adapters": self.adapters,
         }  # fmt: skip
 
     def parts(self) -> Iterator[tuple[Segments, tuple[Policy, ...]]]:
@@ -243,6 +247,7 @@ def plan(
     device: Device | str,
     dtype: torch.dtype = torch.bfloat16,
     requires_grad: bool | Collection[str] = True,
+    adapters: AdaptersLike | None = None,
 ) -> Plan:
     """What each layer of a stack keeps, so that it is within the budgets and takes little time.
 
@@ -263,6 +268,7 @@ def plan(
         device: its name in `blocks/devices.py`, or a `Device`.
         dtype: of everything.
         requires_grad: names of what wants a gradient in each layer (see `kept_bytes`).
+        adapters: projection -> its `LoRA`, or several, in each layer.
 
     Raises:
         BudgetError: (a ValueError) for a budget that no plan is within; it says the least that
@@ -281,14 +287,15 @@ def plan(
         name: None if value is None else parse_bytes(name, value)
         for name, value in zip(Limits._fields, (budget, peak_budget, host_budget), strict=True)
     }
-    wanted = wanted_set(spec, requires_grad)
+    own = parse_adapters(spec, adapters)
+    wanted = wanted_set(spec, requires_grad, own)
     return _search(
         Plan(
             spec=spec, batch_size=batch_size, seq_len=seq_len, dtype=dtype,
             requires_grad=tuple(sorted(wanted | {INPUT} if wanted else wanted)),
             device=device if isinstance(device, Device) else device_named(device),
             strategy=strategy, allow=tuple(allow), **limits,
-            policies=(KEEP,) * num_layers, segments=(1,) * num_layers,
+            policies=(KEEP,) * num_layers, segments=(1,) * num_layers, adapters=own,
         )
     )  # fmt: skip
 

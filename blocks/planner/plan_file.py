@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from backfuse.blocks.devices import Device
+from backfuse.blocks.lora import LoRA, parse_adapters
 from backfuse.blocks.memory import DTYPES
 from backfuse.blocks.policy import Policy
 from backfuse.blocks.spec import BlockSpec
@@ -70,6 +71,7 @@ def write(path: Path, plan: Plan) -> None:
         "spec": plan.spec.given,
         "policies": [asdict(policy) for policy in plan.policies],
         "segments": plan.segments,
+        "adapters": {name: [asdict(lora) for lora in own] for name, own in plan.adapters},
     }
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -92,6 +94,8 @@ def fields_of(content: Any) -> dict[str, Any]:
     device = dict(content["device"])
     device["dtypes"] = tuple(_dtype(name) for name in device["dtypes"])
     budgets = {name: content[name] for name in BUDGETS}
+    spec = BlockSpec(**content["spec"])
+    adapters = content.get("adapters", {})  # what plans without them, of earlier versions, lack
     return {
         **{name: content[name] for name in PLAIN},
         **{n: None if value is None else parse_bytes(n, value) for n, value in budgets.items()},
@@ -99,9 +103,12 @@ def fields_of(content: Any) -> dict[str, Any]:
         "allow": tuple(content["allow"]),
         "requires_grad": tuple(content["requires_grad"]),
         "device": Device(**device),
-        "spec": BlockSpec(**content["spec"]),
+        "spec": spec,
         "policies": tuple(Policy(**policy) for policy in content["policies"]),
         "segments": tuple(_tuples(part) for part in content["segments"]),
+        "adapters": parse_adapters(
+            spec, {name: [LoRA(**one) for one in own] for name, own in adapters.items()}
+        ),
     }
 
 

@@ -102,3 +102,12 @@ def dropout_rows_(x: Tensor, seed: Tensor, p: float, first_row: int, site: int) 
     columns = torch.arange(x.shape[1], device=x.device)
     mask = dropout_mask(seed, p, rows, columns, columns[:1] * 0, site)[0]
     return x.mul_(mask).mul_(1.0 / (1.0 - p))
+
+
+def draw_seed(like: Tensor, layers: int) -> Tensor:
+    """Seeds for dropout, int64 `[layers]`, on the device of `like`.
+
+    Drawn from PyTorch's generator: torch.manual_seed and an outer checkpoint's RNG state govern
+    it, and a CUDA graph draws anew at each replay.
+    """
+    return torch.randint(2**63 - 1, (layers,), device=like.device, dtype=torch.int64)

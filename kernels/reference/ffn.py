@@ -11,6 +11,7 @@ up, and 1 or 2 in backward |
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .activation import activation_backward, activation_forward
@@ -31,6 +32,7 @@ def ffn_up(
     kind: str,
     gated: bool,
     *,
+    products: Sequence[tuple[Tensor, Tensor] | None] = (),
     preact: Tensor | None = None,
     scales: Tensor | None = None,
     need_hidden: bool = True,
@@ -43,6 +45,8 @@ def ffn_up(
         biases: one a weight, or None each.
         kind: a key of `ACTIVATIONS`.
         gated: whether there is a gate.
+        products: to be added, for each weight `t [rows, r]` and `b [f, r]` (`[2 f, r]`) whose
+            `t b^T` it is, or None; none at all without adapters.
         preact: `[rows, 2 f]` (gate, then up) or `[rows, f]`, written; None if nobody wants it.
         scales: with a preact in e4m3: its scales (see `fp8.py`), written.
         need_hidden: whether the hidden is wanted.
@@ -54,6 +58,10 @@ def ffn_up(
     if exact is None or scales is not None:
         exact = x.new_empty(len(x), preact_size(weights))
     linear(x, weights, biases, exact)
+    parts = exact.split([weight.shape[0] for weight in weights], -1)
+    for part, pair in zip(parts, products, strict=False):
+        if pair is not None:
+            torch.addmm(part, pair[0], pair[1].t(), out=part)
     if preact is not None and scales is not None:
         quantize(exact, 2 if gated else 1, preact, scales)
     return activation_forward(exact, kind, gated) if need_hidden else None
@@ -70,6 +78,8 @@ def ffn_dact(
     scales: Tensor | None = None,
     need_hidden: bool = True,
     need_dbias: bool = False,
+    product: tuple[Tensor, Tensor] | None = None,
+    addend: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Down projection and activation backward.
 
@@ -83,6 +93,8 @@ def ffn_dact(
         scales: with a preact in e4m3: its scales.
         need_hidden: whether the hidden is wanted (the down projection's weight gradient reads it).
         need_dbias: whether the sum of dpreact over rows is wanted.
+        product: `u [rows, r]` and `a [r, f]`: `u a` is added to the gradient of the hidden.
+        addend: `[rows, f]`, added likewise.
 
     Returns:
         hidden `[rows, f]`, with the bits of the forward pass, and dbias `[2 f or f]` in fp32 (fp64
@@ -91,6 +103,10 @@ def ffn_dact(
     if scales is not None:
         preact = dequantize(preact, scales, 2 if gated else 1, dpreact)
     dhidden = matmul_transposed(dy, down.t())
+    if product is not None:
+        torch.addmm(dhidden, *product, out=dhidden)
+    if addend is not None:
+        dhidden.add_(addend)
     hidden = activation_backward(dhidden, preact, kind, gated, dpreact)
     dbias = dpreact.sum(0, dtype=accumulate_dtype(dpreact.dtype)) if need_dbias else None
     return hidden if need_hidden else None, dbias
@@ -106,8 +122,11 @@ def ffn_recompute_dact(
     down: Tensor,
     dpreact: Tensor,
     *,
+    products: Sequence[tuple[Tensor, Tensor] | None] = (),
     need_hidden: bool = True,
     need_dbias: bool = False,
+    product: tuple[Tensor, Tensor] | None = None,
+    addend: Tensor | None = None,
     strategy: str = "auto",
 ) -> tuple[Tensor | None, Tensor | None]:
     """`ffn_dact` of a pre-activation that was not kept. Arguments as there and in `ffn_up`.
@@ -115,7 +134,8 @@ def ffn_recompute_dact(
     Args:
         strategy: means something to the kernels; here there is one way.
     """
-    ffn_up(x, weights, biases, kind, gated, preact=dpreact, need_hidden=False)
+    ffn_up(x, weights, biases, kind, gated, products=products, preact=dpreact, need_hidden=False)
     return ffn_dact(
-        dy, down, dpreact, kind, gated, dpreact, need_hidden=need_hidden, need_dbias=need_dbias
-    )
+        dy, down, dpreact, kind, gated, dpreact, need_hidden=need_hidden, need_dbias=need_dbias,
+        product=product, addend=addend,
+    )  # fmt: skip

@@ -51,9 +51,14 @@ def matmul_transposed(
 
 
 def linear_add(
-    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    factor: float = 1.0,
 ) -> Tensor:
-    """Write `residual + x W^T + b`, rounded once where the GEMM can add it.
+    """Write `residual + factor (x W^T + b)`, rounded once where the GEMM can add it.
 
     Args:
         residual: `[rows, out]`.
@@ -61,13 +66,14 @@ def linear_add(
         weight: `[out, in]`, in x's dtype.
         bias: `[out]` or None.
         out: `[rows, out]`, in residual's dtype, written.
+        factor: on what is added.
 
     Returns:
         `out`.
     """
     if _onednn(x) or bias is not None or residual.dtype != x.dtype:
-        return torch.add(residual, matmul_transposed(x, weight, bias), out=out)
-    return torch.addmm(residual, x, weight.t(), out=out)
+        return torch.add(residual, matmul_transposed(x, weight, bias), alpha=factor, out=out)
+    return torch.addmm(residual, x, weight.t(), alpha=factor, out=out)
 
 
 def linear(
@@ -102,17 +108,23 @@ def linear_backward_input(dy: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return dx
 
 
-def accumulate_outer(total: Tensor | None, dy: Tensor, x: Tensor) -> Tensor:
+def accumulate_outer(
+    total: Tensor | None, dy: Tensor, x: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """Add `dy^T x` to a weight gradient that is summed over chunks.
 
     Args:
         total: `[out, in]` in fp32 (fp64 for fp64 operands), or None at the first chunk.
         dy: `[rows, out]`.
         x: `[rows, in]`, in dy's dtype.
+        dtype: with None as the total: of the result, fp32 or dy's. There is then but one chunk,
+            whose product is rounded as it is written: no sum in fp32, and no pass to round it.
 
     Returns:
         The new total, which is `total` itself where that was given.
     """
+    if total is None and dtype == dy.dtype:
+        return torch.mm(dy.t(), x)
     if dy.dtype in (torch.float32, torch.float64):
         if total is None:
             return torch.mm(dy.t(), x)

@@ -115,7 +115,7 @@ def norm_forward(
         statistics: `[1 or 2, rows]`, written (see `norm_statistics`).
         dtype: of y; it is rounded to x's dtype first.
         residual: `[rows, width]`, added to y; the sum goes to `out`.
-        out: `[rows, width]`, written; wanted together with `residual`.
+        out: `[rows, width]`, written with y, or with the sum; wanted with a residual.
 
     Returns:
         y `[rows, width]`, fresh and in `dtype`; or `out`.
@@ -148,14 +148,14 @@ def norm_apply(
         spec: the norm.
         dtype: of y; it is rounded to x's dtype first.
         residual: `[rows, width]`, added to y; the sum goes to `out`.
-        out: `[rows, width]`, written; wanted together with `residual`.
+        out: `[rows, width]`, written with y, or with the sum; wanted with a residual.
 
     Returns:
         y, fresh and in `dtype`; or `out`.
     """
     y = _scaled(_normalized(x, statistics), weight, bias, spec, x.dtype).to(dtype)
     if residual is None:
-        return y
+        return y if out is None else out.copy_(y)
     return torch.add(residual, y, out=out)
 
 

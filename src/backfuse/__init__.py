@@ -1,11 +1,15 @@
 """Transformer blocks that choose, tensor by tensor, what to keep for the backward pass."""
 
+from backfuse.blocks.adapters.patch import patch, unpatch
+from backfuse.blocks.adapters.report import PatchReport
 from backfuse.blocks.block import TransformerBlock
 from backfuse.blocks.flash_attention import flash_attention
 from backfuse.blocks.flops import Flops, block_flops
 from backfuse.blocks.function import attention, ffn
+from backfuse.blocks.lora import LoRA, adapter_parameters
 from backfuse.blocks.loss import linear_cross_entropy
 from backfuse.blocks.memory import host_bytes, kept_bytes
+from backfuse.blocks.ops import SAVE_OPS
 from backfuse.blocks.parallel import parallelize
 from backfuse.blocks.planner.plan import Plan, apply, plan
 from backfuse.blocks.planner.ranks import plan_on_all_ranks
@@ -18,13 +22,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NAMED_POLICIES",
+    "SAVE_OPS",
     "BlockSpec",
     "BlockStack",
     "Flops",
+    "LoRA",
+    "PatchReport",
     "Plan",
     "Policy",
     "TransformerBlock",
     "__version__",
+    "adapter_parameters",
     "apply",
     "attention",
     "block_flops",
@@ -34,7 +42,9 @@ __all__ = [
     "kept_bytes",
     "linear_cross_entropy",
     "parallelize",
+    "patch",
     "plan",
     "plan_on_all_ranks",
     "rope_cos_sin",
+    "unpatch",
 ]

@@ -20,7 +20,12 @@ OPERATIONS = {
     "block": "a transformer block",
     "stack": "a stack of blocks",
     "train": "a training step with AdamW of a small model around a stack",
+    "model": "a whole Hugging Face model: loss and gradients",
+    "lora": "the same with LoRA on all projections, the rest frozen",
 }
+
+#: Those of several blocks, where the user says so.
+SEVERAL = ("ffn", "stack", "train", "model", "lora")
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -59,7 +64,7 @@ def _add_operation(subjects: Any, op: str, summary: str) -> None:
         "--tokens", metavar="2k,8k", help="of a step (default: 8k on a GPU, 2k on a CPU)"
     )
     parser.add_argument("--batch-size", type=int, default=1, help="sequences (default: 1)")
-    if op in ("ffn", "stack", "train"):
+    if op in SEVERAL:
         default = "1" if op == "ffn" else "4 on a GPU, 8 on a CPU"
         parser.add_argument("--layers", type=int, help=f"in a row (default: {default})")
     parser.add_argument(
@@ -101,9 +106,7 @@ def _operation(args: argparse.Namespace) -> int:
     from backfuse.bench import run
 
     options = _given(args)
-    outputs = {
-        name: options.pop(name, None) for name in ("csv", "plot", "trace", "snapshot")
-    }
+    outputs = {name: options.pop(name, None) for name in ("csv", "plot", "trace", "snapshot")}
     threads = options.pop("threads", None)
     plural = {"mode": "modes", "provider": "providers", "policy": "policies"}
     setup = {plural.get(name, name): value for name, value in options.items()}
@@ -140,9 +143,7 @@ def _add_all(subjects: Any) -> None:
         "in time; goes on where it stopped if it is run again.",
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="(default: 9)")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="(default: bench/results/<device>)"
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="(default: bench/results/<device>)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     parser.set_defaults(run=_all)
 

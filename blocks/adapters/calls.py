@@ -1,0 +1,202 @@
+"""What a patched layer is called with, and its parameters, as a block's functions take them.
+
+Whatever a block would not do exactly as the layer does is refused with `OwnForward`: an argument
+that is not known, a mask of another shape, a cache, a part with a hook that would not be called.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backfuse.blocks.lora import Adapters, LoRA
+from backfuse.blocks.spec import BlockSpec
+
+from .attributes import attribute, implementation
+from .peft import unwrap
+from .projections import projection
+from .recipe import Recipe
+from .stand_in import ANGLES, MASK
+
+#: Arguments that hold a cache of keys and values.
+CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+#: Arguments that change nothing a block computes, whatever they hold.
+HARMLESS = (
+    "position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict",
+    "num_items_in_batch", "logits_to_keep",
+)  # fmt: skip
+
+
+class OwnForward(Exception):
+    """Why the layer's own forward runs."""
+
+
+def arguments_of(
+    layer: nn.Module, recipe: Recipe, args: Any, kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
+    """Input, angles and mask of a call that a block can do."""
+    given = dict(zip(recipe.arguments, args, strict=False))
+    given.update(kwargs)
+    x, mask, position = (given.pop(n, None) for n in (recipe.arguments[0], MASK, ANGLES))
+    for name, value in given.items():
+        if name in CACHES:
+            if value is not None and not _unused_cache(layer, value):
+                raise OwnForward("it is given a cache of keys and values")
+        elif name not in HARMLESS and value is not None:
+            if value is not False or name == "is_causal":
+                raise OwnForward(f"it is given {name}, which a block does not know")
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.is_nested:
+        raise OwnForward("its input is no tensor of [batch, seq_len, width]")
+    if x.numel() == 0:
+        raise OwnForward("its input is empty")
+    if implementation(layer) != recipe.implementation:
+        raise OwnForward(
+            f"its attention was {recipe.implementation!r} when it was patched and is "
+            f"{implementation(layer)!r}; patch again"
+        )
+    return x, _position(recipe, position), _mask(recipe, x, mask)
+
+
+def _unused_cache(layer: nn.Module, cache: Any) -> bool:
+    """Whether nobody needs what would go into a cache: as under Hugging Face's checkpointing."""
+    if not (layer.training and torch.is_grad_enabled()):
+        return False
+    length = getattr(cache, "get_seq_length", None)
+    index = attribute(layer, ("layer_idx",), int)
+    return length is not None and index is not None and int(length(index)) == 0
+
+
+def _position(recipe: Recipe, position: Any) -> tuple[Tensor, Tensor] | None:
+    if recipe.spec.rope is None:
+        return None
+    if not isinstance(position, tuple | list) or len(position) != 2:
+        raise OwnForward(f"it is given no {ANGLES}")
+    cos, sin = position
+    if not isinstance(cos, Tensor) or cos.shape[-1] != recipe.spec.rotary_dim:
+        raise OwnForward(f"{ANGLES} are not of {recipe.spec.rotary_dim} channels")
+    return cos, sin
+
+
+def _mask(recipe: Recipe, x: Tensor, mask: Any) -> Tensor | None:
+    """The mask as a block takes it; None where its spec says what is seen."""
+    batch, seq_len = x.shape[:2]
+    spec = recipe.spec
+    if mask is None:
+        if not recipe.unmasked:
+            raise OwnForward("it is given no mask, which its attention takes for no causality")
+        if spec.sliding_window is not None and seq_len > spec.sliding_window:
+            raise OwnForward("it is given no mask, which its attention takes for no window")
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.requires_grad:
+        raise OwnForward(f"its {MASK} is not [batch, heads, seq_len, seq_len]")
+    wanted = ((1, batch), (1, spec.num_attention_heads), (1, seq_len), (seq_len,))
+    if any(size not in sizes for size, sizes in zip(mask.shape, wanted, strict=True)):
+        raise OwnForward(f"its {MASK} is of shape {list(mask.shape)}, with {seq_len} tokens")
+    if not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise OwnForward(f"its {MASK} is {mask.dtype}")
+    traced = torch.compiler.is_compiling()  # a traced mask has no values yet
+    if mask.shape[2] == seq_len and not traced and _says_the_spec(mask, spec):
+        return None
+    return mask.expand(-1, -1, seq_len, -1)
+
+
+def _says_the_spec(mask: Tensor, spec: BlockSpec) -> bool:
+    """Whether a mask hides what the spec hides anyway: a block then needs not read it.
+
+    Eager attention and sliding windows always come with one. All layers are given the same tensor:
+    the answer is left on it. On a GPU finding it makes the host wait, once a step.
+    """
+    capturing = mask.is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing or torch.compiler.is_compiling():
+        return False
+    known: dict[object, bool] = vars(mask).setdefault("_backfuse_says", {})
+    key = mask._version, spec.causal, spec.sliding_window
+    if key not in known:
+        tokens = torch.arange(mask.shape[-1], device=mask.device)
+        distance = tokens[:, None] - tokens
+        hidden = (distance < 0) if spec.causal else torch.zeros_like(distance, dtype=torch.bool)
+        if spec.sliding_window is not None:
+            hidden |= distance.abs() >= spec.sliding_window
+        if mask.dtype == torch.bool:
+            known[key] = bool((mask != hidden).all())
+        else:
+            lowest = torch.finfo(mask.dtype).min / 2
+            known[key] = bool(((mask <= lowest) == hidden).all() and (mask == 0).ne(hidden).all())
+    return known[key]
+
+
+def weights_of(layer: nn.Module, recipe: Recipe) -> tuple[dict[str, Tensor], Adapters]:
+    """The live parameters by the spec's names, and PEFT's active LoRA with its own.
+
+    Raises:
+        OwnForward: if anything else happens in their modules.
+    """
+    skipped = recipe.rest or ()
+    for path, module in _parts(layer, skipped):
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            if not _inactive_hooks(module):
+                raise OwnForward(
+                    f"{path} has a hook, or a forward of its own, which would not be called"
+                )
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise OwnForward(f"{path} has a hook, which would not be called")
+        if module.training != layer.training:
+            spec = recipe.spec
+            if spec.attention_dropout or spec.residual_dropout or spec.activation_dropout:
+                raise OwnForward(f"{path} is in another mode than its layer, which drops out")
+    weights: dict[str, Tensor] = {}
+    adapters: dict[str, tuple[LoRA, ...]] = {}
+    for name, path in recipe.names.items():
+        place, _, kind = path.rpartition(".")
+        try:
+            live = unwrap(layer.get_submodule(place))
+        except TypeError as error:
+            raise OwnForward(f"{place}: {error}") from error
+        module = live.module
+        if place in recipe.types:
+            if type(module) is not recipe.types[place]:
+                raise OwnForward(f"{place} is a {type(module).__name__}")
+            weight = getattr(module, kind)
+        else:
+            found = projection(module)
+            if found is None:
+                raise OwnForward(
+                    f"{place} is a {type(module).__name__} of {type(module).__module__}"
+                )
+            weight = found.weight if kind == "weight" else found.bias
+            if live.adapters and kind == "weight":
+                own = name.removesuffix(".weight")
+                weights |= live.weights(own)
+                adapters[own] = live.adapters
+        if type(weight) not in (Tensor, nn.Parameter):
+            raise OwnForward(f"{path} is a {type(weight).__name__}")
+        weights[name] = weight
+    return weights, tuple(adapters.items())
+
+
+def _parts(
+    module: nn.Module, skipped: tuple[str, ...], path: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in a layer that are not called when a block's function runs."""
+    for name, child in module._modules.items():
+        place = f"{path}.{name}" if path else name
+        if child is not None and place not in skipped:
+            yield place, child
+            yield from _parts(child, skipped, place)
+
+
+def _inactive_hooks(module: nn.Module) -> bool:
+    """Whether a module's only hooks are transformers', which stay once outputs were asked for."""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if capturing is None or "forward" in vars(module):
+        return False
+    if any(getattr(hook, "__module__", None) != capturing.__name__ for hook in hooks):
+        return False
+    asked = capturing._active_collector.get()
+    return asked is None or all("hidden_states" in key for key in asked)

@@ -1,0 +1,83 @@
+"""PEFT's modules, read for what a block computes with: the base layer, and the adapters beside it.
+
+PEFT is never imported: its modules are known by the names of their classes, and a module of
+anybody else's passes through. Read in PEFT 0.21: `tuners/lora/layer.py`, `utils/other.py`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from backfuse.blocks.lora import LoRA
+
+#: Made once for each kind of adapter: a training step asks for the same ones each time.
+_lora = lru_cache(maxsize=4096)(LoRA)
+
+
+class Live(NamedTuple):
+    """A module without what PEFT put around it.
+
+    Attributes:
+        module: what was there before, or its copy in `modules_to_save` while that is active.
+        adapters: the active ones, with the dropout that is active.
+        tensors: A, B and B's bias (or None) of each.
+    """
+
+    module: Any
+    adapters: tuple[LoRA, ...] = ()
+    tensors: tuple[tuple[Tensor, Tensor, Tensor | None], ...] = ()
+
+    def weights(self, projection: str) -> dict[str, Tensor]:
+        """The adapters' tensors by the names under which a block looks for them."""
+        found = {}
+        for lora, given in zip(self.adapters, self.tensors, strict=True):
+            for name, tensor in zip(lora.parameters(projection), given, strict=True):
+                if tensor is not None:
+                    found[name] = tensor
+        return found
+
+
+def unwrap(module: Any) -> Live:
+    """What a module computes with, adapters apart.
+
+    While adapters are disabled, merged weights are restored, as PEFT's own forward would do.
+
+    Raises:
+        TypeError: for a module of PEFT's that computes something else than a base layer with LoRA
+            beside it (DoRA and other variants, a quantised base, IA3, ...), saying what.
+    """
+    kind = type(module)
+    if not kind.__module__.startswith("peft."):
+        return Live(module)
+    if kind.__name__ == "ModulesToSaveWrapper":
+        if module.disable_adapters or not module.active_adapters:
+            return Live(module.original_module)
+        return Live(module.modules_to_save[module.active_adapters[0]])
+    if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear"):
+        raise TypeError(f"{kind.__module__}.{kind.__name__} computes more than LoRA")
+    if module.disable_adapters and module.merged:
+        module.unmerge()
+    if module.disable_adapters or module.merged:
+        return Live(module.base_layer)
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    adapters: list[LoRA] = []
+    tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    for name in names:
+        variant = module.lora_variant.get(name)
+        if variant is not None:
+            raise TypeError(f"the adapter {name!r} is a {type(variant).__name__}")
+        a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+        if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None:
+            raise TypeError(
+                f"the adapter {name!r} is made of {type(a).__name__} and {type(b).__name__}"
+            )
+        if type(dropout) not in (nn.Identity, nn.Dropout):
+            raise TypeError(f"the adapter {name!r} has a {type(dropout).__name__} for its dropout")
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        scale = float(module.scaling[name])
+        adapters.append(_lora(a.weight.shape[0], scale, p, b.bias is not None, name))
+        tensors.append((a.weight, b.weight, b.bias))
+    return Live(module.base_layer, tuple(adapters), tuple(tensors))

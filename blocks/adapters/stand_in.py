@@ -1,0 +1,199 @@
+"""A copy of a layer with random weights, and what is seen of it while it runs.
+
+A live layer says little about itself: names differ from family to family, and its weights may all
+be ones. So a copy of it, on the CPU, in fp32, with every parameter random, runs once on random
+input, and what its parts were handed and gave is written down. No memory is taken on the layer's
+device, no parameter of it is read, and a layer on the meta device will do as well.
+
+Dropout is made the identity meanwhile, and noted: which elements would have dropped out.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from backfuse.kernels.reference.rope import rope_cos_sin
+
+#: Sequences and tokens of the input: unlike each other, and unlike most sizes of a layer.
+BATCH_SIZE, SEQ_LEN = 2, 7
+
+#: Arguments of a layer's forward that are known besides its input, which comes first.
+MASK, ANGLES = "attention_mask", "position_embeddings"
+
+
+def stand_in(layer: nn.Module, original: type[nn.Module]) -> nn.Module:
+    """A copy on the CPU, in fp32, with random parameters, in training.
+
+    Args:
+        layer: the live layer; only looked at.
+        original: the class of the copy.
+
+    Raises:
+        Exception: what the layer's own parts raise on being copied.
+    """
+    generator = torch.Generator().manual_seed(0)
+    memo: dict[int, Any] = {}
+    for parameter in layer.parameters():
+        # uniform, of standard deviation 1 / sqrt(width); what is a vector differs from 0 and 1
+        matrix = parameter.dim() > 1
+        width = (3 / max(parameter.shape[1:].numel(), 1)) ** 0.5 if matrix else 0.5
+        fresh = torch.empty(parameter.shape).uniform_(-width, width, generator=generator)
+        memo[id(parameter)] = nn.Parameter(fresh if matrix else fresh + 0.75, requires_grad=False)
+    for buffer in layer.buffers():
+        known = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.detach().cpu()
+        memo[id(buffer)] = known.float() if known.is_floating_point() else known.clone()
+    result = copy.deepcopy(layer, memo)
+    result.__class__ = original
+    for path, module in list(result.named_modules()):
+        base = getattr(module, "base_layer", None)  # an adapter's: what it adapts is read
+        if path and isinstance(base, nn.Module):
+            result.set_submodule(path, base)
+    return result.train()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A module of the layer at work.
+
+    Attributes:
+        path: its name in the layer.
+        module: itself.
+        x: its input.
+        y: its output.
+        order: how many were called before it returned.
+    """
+
+    path: str
+    module: nn.Module
+    x: Tensor
+    y: Tensor
+    order: int
+
+
+@dataclass
+class Observation:
+    """What was seen.
+
+    Attributes:
+        x: the layer's input, `[batch, seq_len, width]`.
+        output: what it returned.
+        modules: its modules that took a tensor and gave one, in the order in which they returned.
+        dropped: probability and input of every dropout.
+        score_dropout: probabilities of dropout that were handed to PyTorch's attention.
+    """
+
+    x: Tensor
+    output: Any = None
+    modules: list[Seen] = field(default_factory=list)
+    dropped: list[tuple[float, Tensor]] = field(default_factory=list)
+    score_dropout: set[float] = field(default_factory=set)
+
+
+class _NoDropout(TorchFunctionMode):
+    """Makes dropout the identity and notes it."""
+
+    def __init__(self, seen: Observation) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.dropout, torch.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
+            bound = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
+            p = float(bound.get("p", 0.5))
+            if p and bound.get("training", bound.get("train", True)):
+                self.seen.dropped.append((p, bound["input"]))
+            return bound["input"]
+        if func is F.scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask", "dropout_p")
+            bound = dict(zip(names, args, strict=False)) | kwargs
+            self.seen.score_dropout.add(float(bound.pop("dropout_p", 0.0)))
+            return func(**bound)
+        return func(*args, **kwargs)
+
+
+def forward_arguments(original: type[nn.Module]) -> tuple[tuple[str, ...], set[str]]:
+    """Names of a forward's arguments in their order, and those that must be given."""
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+    fixed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = {p.name for p in fixed if p.default is p.empty}
+    return tuple(p.name for p in fixed), needed
+
+
+def visible(causal: bool) -> Tensor:
+    """A mask that is added to scores, `[1, 1, seq_len, seq_len]`: causal, or without one key."""
+    hidden = torch.full((SEQ_LEN, SEQ_LEN), torch.finfo(torch.float32).min)
+    if causal:
+        return hidden.triu(1)[None, None]
+    hidden[:, [i for i in range(SEQ_LEN) if i != 2]] = 0.0
+    return hidden[None, None]
+
+
+def random_input(width: int) -> Tensor:
+    """`[batch, seq_len, width]`, the same each time."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(BATCH_SIZE, SEQ_LEN, width, generator=generator)
+
+
+def angles(rotary_dim: int, layout: str) -> tuple[Tensor, Tensor]:
+    """cos and sin of a few positions, `[1, seq_len, rotary_dim]` each."""
+    cos, sin = rope_cos_sin(torch.arange(SEQ_LEN), rotary_dim, 100.0, layout=layout)
+    return cos[None], sin[None]
+
+
+def run(layer: nn.Module, x: Tensor, **given: Any) -> Observation:
+    """Run a stand-in and write down what is seen.
+
+    Args:
+        layer: see `stand_in`.
+        x: `[batch, seq_len, width]`.
+        given: further arguments of its forward.
+
+    Raises:
+        Exception: what the layer raises.
+    """
+    seen = Observation(x)
+    order = itertools.count()
+
+    def note(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            taken = next(_tensors([*args, *kwargs.values()]), None)
+            made = next(_tensors([output]), None)
+            if taken is not None and made is not None:
+                seen.modules.append(Seen(path, module, taken, made, next(order)))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(note(path), with_kwargs=True)
+        for path, module in layer.named_modules()
+        if path
+    ]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _NoDropout(seen):
+            seen.output = layer(x, **given)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _tensors(values: Iterable[Any]) -> Any:
+    """The tensors among values, and first in tuples among them."""
+    for value in values:
+        if isinstance(value, tuple | list) and value:
+            value = value[0]
+        if isinstance(value, Tensor):
+            yield value

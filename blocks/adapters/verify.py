@@ -1,0 +1,252 @@
+"""A guess held against the layer itself: only what gives the layer's own numbers is believed.
+
+The stand-in's weights and input are random and of size 1, in fp32. A part in another place, another
+activation or a factor that was overlooked moves its output by far more than rounding does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backfuse.blocks.function import attention, block
+from backfuse.blocks.policy import KEEP, Policy
+
+from .attributes import NotUnderstood, head_dim, implementation, residual_width, rotary_dims
+from .recipe import Recipe, agrees
+from .recognise import Guess, Reading
+from .stand_in import (
+    ANGLES,
+    MASK,
+    SEQ_LEN,
+    Observation,
+    angles,
+    forward_arguments,
+    random_input,
+    run,
+    stand_in,
+    visible,
+)
+from .torch_layers import torch_kind, understand_torch
+
+#: Attention implementations of transformers whose masks are tensors of what each token sees.
+IMPLEMENTATIONS = (None, "sdpa", "eager")
+
+
+def only_output(output: object) -> tuple[Tensor, int | None]:
+    """The tensor that a layer returns, and how many Nones follow it in a tuple."""
+    if isinstance(output, Tensor):
+        return output, None
+    if (
+        isinstance(output, tuple)
+        and output
+        and isinstance(output[0], Tensor)
+        and all(other is None for other in output[1:])
+    ):
+        return output[0], len(output) - 1
+    raise NotUnderstood("it returns more than its output")
+
+
+def run_hf(
+    layer: nn.Module,
+    recipe: Recipe | Guess,
+    policy: Policy,
+    weights: Mapping[str, Tensor],
+    options: dict[str, Any],
+    x: Tensor,
+    position: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """A layer's output: a block, or its attention half and what is the layer's own.
+
+    Args:
+        layer: the live layer, or a stand-in.
+        recipe: how it is run.
+        policy: what it keeps.
+        weights: its parameters by the spec's names.
+        options: see `TransformerBlock`; `training`: whether dropout is active.
+        x: `[batch, seq_len, width]`.
+        position: cos and sin, or None.
+        mask: see `TransformerBlock.forward`.
+    """
+    given: dict[str, Any] = {ANGLES: position, MASK: mask, **options}
+    if recipe.rest is None:
+        return block(x, weights, recipe.spec, policy, **given)
+    for name in ("ffn_strategy", "offload_dir"):
+        given.pop(name, None)
+    mid = attention(x, weights, recipe.spec, policy, **given)
+    norm, ffn = (layer.get_submodule(path) for path in recipe.rest)
+    return torch.add(mid, first_tensor(ffn(norm(mid))), alpha=recipe.spec.residual_multiplier)
+
+
+def _run_guess(
+    layer: nn.Module, guess: Guess, x: Tensor, position: Any, mask: Tensor | None
+) -> Tensor:
+    """What a guess gives on a stand-in's weights."""
+    own = dict(layer.named_parameters())
+    weights = {name: own[path] for name, path in guess.names.items()}
+    position = position if guess.spec.rope else None
+    return run_hf(layer, guess, KEEP, weights, {}, x, position, mask)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """What a module gives, or the first of it."""
+    first = output[0] if isinstance(output, tuple) else output
+    assert isinstance(first, Tensor)
+    return first
+
+
+def _observations(
+    layer: nn.Module, x: Tensor, arguments: tuple[str, ...], mask: Tensor | None
+) -> Iterator[tuple[Observation, Any, int | None, list[str | None]]]:
+    """Runs of a stand-in under all ways to tell it positions: angles, their width, layouts."""
+    given = {} if mask is None else {MASK: mask}
+    if ANGLES not in arguments:
+        yield run(layer, x, **given), None, None, [None]
+        return
+    failure: Exception | None = None
+    ran = False
+    for rotary_dim in rotary_dims(layer, head_dim(layer, x.shape[-1])):
+        for layout in ("half", "interleaved"):
+            position = angles(rotary_dim, layout)
+            try:
+                seen = run(layer, x, **given, **{ANGLES: position})
+            except RuntimeError as error:  # angles of another width
+                failure = error
+                break
+            ran = True
+            yield seen, position, rotary_dim, [layout, None]
+    if not ran and failure is not None:
+        raise failure
+
+
+def understand(layer: nn.Module, original: type[nn.Module]) -> Recipe:
+    """The recipe of a live layer, held against its own output.
+
+    Args:
+        layer: only looked at.
+        original: its class before it was patched.
+
+    Raises:
+        NotUnderstood: with the reason.
+    """
+    with _plainly():
+        if (kind := torch_kind(original)) is not None:
+            return understand_torch(layer, original, kind)
+        return _understand_hf(layer, original)
+
+
+def _understand_hf(layer: nn.Module, original: type[nn.Module]) -> Recipe:
+    """The recipe of a layer that is called as those of transformers are."""
+    used = implementation(layer)
+    if used not in IMPLEMENTATIONS:
+        raise NotUnderstood(
+            f"its attention is {used!r}, expected 'sdpa' or 'eager' (model.set_attn_implementation)"
+        )
+    arguments, needed = forward_arguments(original)
+    others = sorted(needed - {*arguments[:1], MASK, ANGLES})
+    if not arguments or others:
+        raise NotUnderstood(f"its forward takes {', '.join(others) or 'nothing'}")
+    _check_own_reach(layer)
+    width = residual_width(layer)
+    copy = stand_in(layer, original)
+    causal = any(getattr(module, "is_causal", False) for module in copy.modules())
+    mask = visible(bool(causal)) if MASK in arguments else None
+    x = random_input(width)
+    for seen, position, rotary_dim, layouts in _observations(copy, x, arguments, mask):
+        output, extra = only_output(seen.output)
+        reading = Reading(copy, seen)
+        for layout in layouts:
+            for guess in reading.guesses(rotary_dim if layout else None, layout):
+                with torch.no_grad():
+                    ours = _run_guess(copy, guess, x, position, mask)
+                if not agrees(ours, output, x):
+                    continue
+                _check_positions(copy, original, output, x, position, mask)
+                unmasked = mask is None or _unmasked(copy, guess, x, position)
+                return _recipe(layer, guess, arguments, extra, unmasked)
+    raise NotUnderstood("what was made of its parts gives other numbers than it does")
+
+
+def _check_positions(
+    layer: nn.Module, original: type[nn.Module], output: Tensor, x: Tensor, position: Any, mask: Any
+) -> None:
+    """Raise if positions enter in another way too: a scale that grows with them, say."""
+    given = {name: value for name, value in ((ANGLES, position), (MASK, mask)) if value is not None}
+    arguments, _ = forward_arguments(original)
+    late = {"position_ids": (torch.arange(SEQ_LEN) + 10**6).expand(len(x), -1)}
+    late["cache_position"] = late["position_ids"][0]
+    told = {name: value for name, value in late.items() if name in arguments}
+    if told and not agrees(only_output(run(layer, x, **given, **told).output)[0], output, x):
+        raise NotUnderstood(f"what it computes depends on {', '.join(told)}")
+
+
+def _check_own_reach(layer: nn.Module) -> None:
+    """Raise if a layer may hide tokens by itself, which no short input would show."""
+    for name, buffer in layer.named_buffers():
+        if buffer.dim() > 1:
+            raise NotUnderstood(f"it holds {name} {list(buffer.shape)}, a mask of its own perhaps")
+    for path, module in layer.named_modules():
+        for name, value in vars(module).items():
+            known = name == "sliding_window" or "pattern" in name
+            if "window" in name and not known and isinstance(value, int) and value:
+                raise NotUnderstood(f"it has {path}.{name} = {value}, a window of its own perhaps")
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Without what the caller set for all of PyTorch: device, dtype, autocast."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _unmasked(layer: nn.Module, guess: Guess, x: Tensor, position: Any) -> bool:
+    """Whether the layer without a mask does what its spec says."""
+    given = {} if position is None else {ANGLES: position}
+    output, _ = only_output(run(layer, x, **{MASK: None}, **given).output)
+    spec = guess.spec.replace(sliding_window=None)
+    plain = Guess(spec, guess.names, guess.rest)
+    with torch.no_grad():
+        return agrees(_run_guess(layer, plain, x, position, None), output, x)
+
+
+def _recipe(
+    layer: nn.Module, guess: Guess, arguments: tuple[str, ...], extra: int | None, unmasked: bool
+) -> Recipe:
+    places = {path.rpartition(".")[0]: name for name, path in guess.names.items()}
+    types = {
+        place: type(layer.get_submodule(place))
+        for place, name in places.items()
+        if "_proj." not in name
+    }
+    return Recipe(
+        guess.spec, guess.names, types, arguments, extra, unmasked, implementation(layer),
+        guess.rest,
+    )  # fmt: skip
+
+
+def alike(layer: nn.Module, original: type[nn.Module]) -> object:
+    """A key that layers share which differ in their weights' values and their number at most."""
+    seen: list[object] = [original]
+    for path, module in layer.named_modules():
+        facts = tuple(
+            (name, value)
+            for name, value in sorted(vars(module).items())
+            if isinstance(value, int | float | str | FunctionType | BuiltinFunctionType | None)
+            and not name.startswith("_")
+            and name not in ("training", "gradient_checkpointing")
+            and not name.endswith(("idx", "index", "layer_id"))
+        )
+        shapes = tuple((n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False))
+        seen.append((path, type(module) if path else original, facts, shapes))
+    return tuple(seen)
