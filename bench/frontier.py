@@ -85,9 +85,7 @@ class Setting:
 
     def policy(self, name: str) -> tuple[float, float]:
         """KiB per token and layer, and extra time as a fraction of the step, of a named policy."""
-        costs, keep = (
-            block_costs(self.block, policy, **self._sizes) for policy in (name, "keep")
-        )
+        costs, keep = (block_costs(self.block, policy, **self._sizes) for policy in (name, "keep"))
         waits = (max(0.0, costs.link - span) for span in
                  (costs.forward, costs.backward + costs.recompute))  # fmt: skip
         extra = (costs.step + sum(waits)) / keep.step - 1

@@ -11,7 +11,6 @@ import pandas as pd
 from backfuse import BlockSpec, Plan, plan
 from backfuse.blocks.planner.byte_sizes import format_bytes
 from backfuse.blocks.planner.optimal import BudgetError
-from backfuse.blocks.planner.plan import STRATEGIES
 
 from .frontier import Setting, draw
 from .options import DTYPES, choose
@@ -70,9 +69,13 @@ def _points(made: Plan) -> dict[str, tuple[float, float]]:
     """The plan and the schedules -> KiB per token and layer, and extra time."""
     plans = {"this plan": made}
     if "recompute" in made.allow:
-        for name in STRATEGIES[2:]:
+        for name in ("sqrt", "recursive"):
             free = plan(
-                made.spec, num_layers=made.num_layers, strategy=name, allow=made.allow, **made.sizes
+                made.spec,
+                num_layers=made.num_layers,
+                strategy=name,
+                allow=made.allow,
+                **made.own_sizes,
             )
             plans[name] = free
     per = made.num_layers * made.batch_size * made.seq_len * 1024

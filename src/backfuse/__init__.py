@@ -8,6 +8,7 @@ from backfuse.blocks.flops import Flops, block_flops
 from backfuse.blocks.function import attention, ffn
 from backfuse.blocks.memory import host_bytes, kept_bytes
 from backfuse.blocks.planner.plan import Plan, apply, plan
+from backfuse.blocks.planner.step import ModelSpec
 from backfuse.blocks.policy import NAMED_POLICIES, Policy
 from backfuse.blocks.spec import BlockSpec
 from backfuse.blocks.stack import BlockStack
@@ -20,6 +21,7 @@ __all__ = [
     "BlockSpec",
     "BlockStack",
     "Flops",
+    "ModelSpec",
     "PatchReport",
     "Plan",
     "Policy",
