@@ -1,20 +1,18 @@
 """A whole step: its predicted peak against what the allocator saw, and budgets of it."""
 
-import itertools
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES
 from torch import nn
 
 import backfuse
-from backfuse import BlockSpec, BlockStack, ModelSpec
+from backfuse import BlockSpec, BlockStack, ModelSpec, Plan
 from backfuse.bench.measure import allocator_trace
 from backfuse.bench.shapes import SHAPES
 from backfuse.blocks.devices import Device
-from backfuse.blocks.planner.optimal import BudgetError
-from backfuse.blocks.policy import Policy
+from backfuse.blocks.planner.optimal import GAP, BudgetError
 
 CPU = Device(
     "cpu", "interpreter", 1e11, 1.0, 1e10, 5e9, 10**10, 0, 1, 0, (torch.float32, torch.bfloat16)
@@ -109,3 +107,94 @@ def test_the_predicted_peak_is_the_measured_one(case):
     spec, rules, model, options = CASES[case]
     plan = make_plan(spec, rules, model, **options)
     assert plan.peak_bytes == pytest.approx(measured_peak(plan), rel=0.05)
+
+
+def test_over_fifty_budgets_no_peak_is_above_and_no_overhead_rises():
+    free = make_plan(LLAMA, None, LM, allow=("recompute",)).peak_bytes
+    with pytest.raises(BudgetError, match="^peak_budget is 1 bytes") as error:
+        make_plan(LLAMA, None, LM, allow=("recompute",), peak_budget=1)
+    with pytest.raises(BudgetError) as error:
+        make_plan(LLAMA, None, LM, allow=("recompute",), peak_budget=error.value.least)
+    least, last = error.value.least, float("inf")
+    with pytest.raises(BudgetError):
+        make_plan(LLAMA, None, LM, allow=("recompute",), peak_budget=least - 1000)
+    for part in range(50):
+        limit = least + (free - least) * part // 49
+        plan = make_plan(LLAMA, None, LM, allow=("recompute",), peak_budget=limit)
+        assert plan.peak_bytes <= limit and plan.overhead <= last * (1 + GAP) + GAP
+        last = plan.overhead
+        if part % 12 == 0:
+            assert measured_peak(plan) <= limit * 1.003  # buffers of a few KiB are not in the form
+    assert last == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "sqrt", "chain", "selective"])
+def test_every_strategy_keeps_to_a_peak_of_the_whole_step(strategy):
+    full = make_plan(LLAMA, {"*": "full"}, LM).peak_bytes
+    plan = make_plan(LLAMA, None, LM, strategy=strategy, peak_budget=int(1.1 * full))
+    assert plan.peak_bytes <= 1.1 * full
+    with pytest.raises(BudgetError, match="^peak_budget is 9 bytes"):
+        make_plan(LLAMA, None, LM, strategy=strategy, peak_budget=9)
+
+
+def test_a_large_model_in_a_second():
+    sizes = {"num_layers": 128, "batch_size": 1, "seq_len": 8192, "device": "h200"}
+    model = ModelSpec(128256, world_size=64)
+    backfuse.plan(SHAPES["llama-3-70b"], model=model, **sizes)  # SciPy is loaded
+    start = time.perf_counter()
+    plan = backfuse.plan(SHAPES["llama-3-70b"], model=model, peak_budget="100GiB", **sizes)
+    assert time.perf_counter() - start < 5  # a second where nothing else runs
+    assert plan.peak_bytes <= 100 * 2**30 < 2 * plan.peak_bytes and plan.overhead > 0
+
+
+def test_what_surrounds_the_layers():
+    """By hand: Llama 3 8B has 8.03 billion parameters, of which AdamW makes four."""
+    sizes = {"num_layers": 32, "batch_size": 1, "seq_len": 1024, "device": "h200"}
+
+    def peak(*args, **options):
+        plan = backfuse.plan(
+            SHAPES["llama-3-8b"], model=ModelSpec(128256, *args, **options), **sizes
+        )
+        return {event.name: event.bytes for event in plan.timeline()}
+
+    parameters = 8_030_261_248 * 2
+    adamw = peak()
+    assert adamw["start"] == 3 * parameters + 16 * 1024
+    assert adamw["update"] == adamw["start"] + 2 * parameters
+    assert peak(optimizer="sgd")["update"] == 2 * parameters + 16 * 1024
+    eight = peak(optimizer="adamw8bit")["start"] - peak(optimizer="none")["start"]
+    assert eight == pytest.approx(parameters * (1 + 4 / 256))
+    assert peak(tied=True)["start"] == adamw["start"] - 3 * 2 * 128256 * 4096
+    assert "update" not in peak(optimizer="none")
+    assert peak(trained=False)["start"] < adamw["start"]
+    eighth = peak(world_size=8)
+    assert parameters < eighth["start"] - adamw["start"] / 8 + parameters < 1.1 * parameters
+    assert peak(in_flight=4)["loss"] > adamw["loss"] + parameters
+    assert peak(loss_tokens=128)["loss"] < adamw["loss"]
+
+
+def test_the_model_is_in_the_file_and_in_the_words(tmp_path):
+    plan = make_plan(LLAMA, None, ModelSpec(50, optimizer="sgd"))
+    plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert again == plan and again.peak_bytes == plan.peak_bytes
+    assert "in a whole step" in plan.explain()
+    with pytest.raises(ValueError, match="model is None, expected a ModelSpec"):
+        make_plan(LLAMA, None, None).timeline()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size is 0, expected a positive"),
+        ({"world_size": 1.5}, "world_size is 1.5"),
+        ({"in_flight": True}, "in_flight is True"),
+        ({"loss_tokens": -1}, "loss_tokens is -1"),
+        ({"optimizer": "adam"}, "optimizer is 'adam', expected one of .*did you mean 'adamw'"),
+    ],
+)
+def test_bad_models(options, message):
+    with pytest.raises(ValueError, match=message):
+        ModelSpec(**{"vocab_size": 10, **options})
+    with pytest.raises(TypeError, match="model is a dict, expected a ModelSpec"):
+        make_plan(LLAMA, None, {"vocab_size": 10})

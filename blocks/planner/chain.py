@@ -96,7 +96,10 @@ def _least_peak(ways: Ways, num_layers: int) -> int:
 def _least_time(
     ways: Ways, num_layers: int, budget: int | None, peak_budget: int | None
 ) -> list[tuple[int, Choice]] | None:
-    most = sum(max(c.kept for c in ways[i, i + 1]) for i in range(num_layers))
+    most = sum(
+        max(c.kept for (start, _), choices in ways.items() if start == i for c in choices)
+        for i in range(num_layers)
+    )
     for limit in (budget, peak_budget):
         most = most if limit is None else min(most, limit)
     divisor = math.gcd(*(c.kept for choices in ways.values() for c in choices)) or 1

@@ -415,8 +415,8 @@ def plan(
         device: its name in `blocks/devices.py`, or a `Device`.
         dtype: of everything.
         requires_grad: names of what wants a gradient in each layer (see `kept_bytes`); or a
-            sequence of such, one a layer. The input of the first layer is taken to want one if
-            that layer does, that of another one if a layer before it does.
+            sequence of such, one a layer. Beside layers that name `hidden_states`, the input of the
+            first is taken to want one if that layer does, that of another if a layer before does.
         model: what surrounds the layers; peaks are then those of a whole step.
 
     Raises:
@@ -439,7 +439,8 @@ def plan(
             f"policies is {policies!r} with the strategy {strategy!r}, expected them together "
             "with 'manual', and only there"
         )
-    said, parts = (KEEP,) * layers, (1,) * layers
+    said: tuple[Policy, ...] = (KEEP,) * layers
+    parts: tuple[Segments, ...] = (1,) * layers
     if policies is not None:
         said, parts = manual(policies, layers)
     return search(
@@ -481,7 +482,8 @@ def _wanted(specs: Sequence[BlockSpec], requires_grad: Any) -> tuple[tuple[str, 
     found: list[tuple[str, ...]] = []
     for index, (spec, own) in enumerate(zip(specs, each, strict=True)):
         wanted = wanted_set(spec, own)
-        flows = any(found) if index else bool(wanted)
+        said = not isinstance(own, bool) and INPUT in own
+        flows = said or (any(found) if index else bool(wanted))
         wanted = wanted | {INPUT} if flows else wanted - {INPUT}
         found.append(tuple(sorted(wanted)))
     return tuple(found)
