@@ -309,3 +309,48 @@ def test_the_command_says_mistakes_in_one_line(args, message, capsys):
     assert cli.main([*COMMAND, *args]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+CONFIG = {
+    "model_type": "gemma3_text", "hidden_size": 64, "intermediate_size": 128, "vocab_size": 500,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 8,
+    "sliding_window": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def test_the_command_takes_a_configuration(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    config, path, picture = (tmp_path / name for name in ("config.json", "plan.json", "plan.png"))
+    config.write_text(json.dumps(CONFIG))
+    command = ["plan", "--config", str(config), "--seq-len", "256", "--device", "h200"]
+    options = ["--peak-budget", "12MiB", "--optimizer", "sgd", "--json", str(path)]
+    assert cli.main([*command, *options, "--plot", str(picture)]) == 0
+    out = capsys.readouterr().out
+    plan = Plan.load(path)
+    assert plan.num_layers == 8 and len(plan.kinds) == 2 and plan.peak_bytes <= 12 * 2**20
+    assert plan.model == backfuse.ModelSpec(500, tied=True, optimizer="sgd")
+    assert "Bytes of a step: start" in out and plan.explain() in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "args", "message"),
+    [
+        ("{", [], "config.json is no Hugging Face configuration"),
+        ("[]", [], "config.json is no Hugging Face configuration"),
+        ('{"model_type": "t5"}', [], "expected one of"),
+        (json.dumps(CONFIG), SHAPE, "config is given with a shape or sizes"),
+        (json.dumps(CONFIG), ["--world-size", "0"], "world_size is 0"),
+        (None, [*SHAPE, "--layers", "2", "--tied"], "tied is given without a vocab_size"),
+        (None, SHAPE, "layers is None, expected --layers"),
+    ],
+)
+def test_the_command_refuses_configurations_in_one_line(content, args, message, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    command = ["plan", "--seq-len", "256", "--device", "h200"]
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+        command += ["--config", str(tmp_path / "config.json")]
+    assert cli.main([*command, *args]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -113,8 +113,6 @@ def test_over_fifty_budgets_no_peak_is_above_and_no_overhead_rises():
     free = make_plan(LLAMA, None, LM, allow=("recompute",)).peak_bytes
     with pytest.raises(BudgetError, match="^peak_budget is 1 bytes") as error:
         make_plan(LLAMA, None, LM, allow=("recompute",), peak_budget=1)
-    with pytest.raises(BudgetError) as error:
-        make_plan(LLAMA, None, LM, allow=("recompute",), peak_budget=error.value.least)
     least, last = error.value.least, float("inf")
     with pytest.raises(BudgetError):
         make_plan(LLAMA, None, LM, allow=("recompute",), peak_budget=least - 1000)
@@ -142,9 +140,9 @@ def test_a_large_model_in_a_second():
     model = ModelSpec(128256, world_size=64)
     backfuse.plan(SHAPES["llama-3-70b"], model=model, **sizes)  # SciPy is loaded
     start = time.perf_counter()
-    plan = backfuse.plan(SHAPES["llama-3-70b"], model=model, peak_budget="100GiB", **sizes)
+    plan = backfuse.plan(SHAPES["llama-3-70b"], model=model, peak_budget="60GiB", **sizes)
     assert time.perf_counter() - start < 5  # a second where nothing else runs
-    assert plan.peak_bytes <= 100 * 2**30 < 2 * plan.peak_bytes and plan.overhead > 0
+    assert plan.peak_bytes <= 60 * 2**30 < 2 * plan.peak_bytes and plan.overhead > 0
 
 
 def test_what_surrounds_the_layers():

@@ -105,6 +105,10 @@ def _around(start: Plan) -> tuple[Around, Limits]:
         # with nothing kept there is this much all the same
         least = max(e.bytes for e in start.timeline() if e.name in ("start", "embedding", "update"))
         if limits.peak_budget < least:
+            try:  # of what can be chosen, that much may not be enough either
+                search(replace(start, peak_budget=least))
+            except BudgetError as error:
+                least = error.least if error.of_peak else least
             raise BudgetError("peak_budget", limits.peak_budget, least, "no policy of the layers")
         limits = limits._replace(peak_budget=max(0, limits.peak_budget - there))
     return around, limits

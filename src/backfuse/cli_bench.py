@@ -101,9 +101,7 @@ def _operation(args: argparse.Namespace) -> int:
     from backfuse.bench import run
 
     options = _given(args)
-    outputs = {
-        name: options.pop(name, None) for name in ("csv", "plot", "trace", "snapshot")
-    }
+    outputs = {name: options.pop(name, None) for name in ("csv", "plot", "trace", "snapshot")}
     threads = options.pop("threads", None)
     plural = {"mode": "modes", "provider": "providers", "policy": "policies"}
     setup = {plural.get(name, name): value for name, value in options.items()}
@@ -140,9 +138,7 @@ def _add_all(subjects: Any) -> None:
         "in time; goes on where it stopped if it is run again.",
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="(default: 9)")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="(default: bench/results/<device>)"
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="(default: bench/results/<device>)")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     parser.set_defaults(run=_all)
 
