@@ -136,58 +136,70 @@ def weights_of(layer: nn.Module, recipe: Recipe) -> tuple[dict[str, Tensor], Ada
     Raises:
         OwnForward: if anything else happens in their modules.
     """
-    skipped = recipe.rest or ()
-    for path, module in _parts(layer, skipped):
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+    parts = dict(_parts(layer, recipe.rest or ()))
+    spec = recipe.spec
+    drops = spec.attention_dropout or spec.residual_dropout or spec.activation_dropout
+    for path, module in parts.items():
+        facts = vars(module)
+        if facts["_forward_hooks"] or facts["_forward_pre_hooks"] or "forward" in facts:
             if not _inactive_hooks(module):
                 raise OwnForward(
                     f"{path} has a hook, or a forward of its own, which would not be called"
                 )
-        if module._backward_hooks or module._backward_pre_hooks:
+        if facts["_backward_hooks"] or facts["_backward_pre_hooks"]:
             raise OwnForward(f"{path} has a hook, which would not be called")
-        if module.training != layer.training:
-            spec = recipe.spec
-            if spec.attention_dropout or spec.residual_dropout or spec.activation_dropout:
-                raise OwnForward(f"{path} is in another mode than its layer, which drops out")
+        if drops and module.training != layer.training:
+            raise OwnForward(f"{path} is in another mode than its layer, which drops out")
     weights: dict[str, Tensor] = {}
     adapters: dict[str, tuple[LoRA, ...]] = {}
-    for name, path in recipe.names.items():
-        place, _, kind = path.rpartition(".")
-        try:
-            live = unwrap(layer.get_submodule(place))
-        except TypeError as error:
-            raise OwnForward(f"{place}: {error}") from error
-        module = live.module
-        if place in recipe.types:
-            if type(module) is not recipe.types[place]:
-                raise OwnForward(f"{place} is a {type(module).__name__}")
-            weight = getattr(module, kind)
-        else:
-            found = projection(module)
-            if found is None:
-                raise OwnForward(
-                    f"{place} is a {type(module).__name__} of {type(module).__module__}"
-                )
-            weight = found.weight if kind == "weight" else found.bias
-            if live.adapters and kind == "weight":
-                own = name.removesuffix(".weight")
-                weights |= live.weights(own)
-                adapters[own] = live.adapters
+    for name, place, kind in recipe.places:
+        module = parts.get(place, layer)
+        if type(module) is not nn.Linear or place in recipe.types:
+            module = _unwrapped(name, place, module, recipe, weights, adapters)
+        weight = vars(module)["_parameters"][kind]
         if type(weight) not in (Tensor, nn.Parameter):
-            raise OwnForward(f"{path} is a {type(weight).__name__}")
+            raise OwnForward(f"{place}.{kind} is a {type(weight).__name__}")
         weights[name] = weight
     return weights, tuple(adapters.items())
+
+
+def _unwrapped(
+    name: str,
+    place: str,
+    module: nn.Module,
+    recipe: Recipe,
+    weights: dict[str, Tensor],
+    adapters: dict[str, tuple[LoRA, ...]],
+) -> nn.Module:
+    """A parameter's module without what PEFT put around it, whose tensors go to the weights."""
+    try:
+        live = unwrap(module)
+    except TypeError as error:
+        raise OwnForward(f"{place}: {error}") from error
+    kind: type[nn.Module] = type(live.module)
+    if place in recipe.types:
+        if kind is not recipe.types[place]:
+            raise OwnForward(f"{place} is a {kind.__name__}")
+    elif projection(live.module) is None:
+        raise OwnForward(f"{place} is a {kind.__name__} of {kind.__module__}")
+    elif live.adapters and name.endswith(".weight"):
+        own = name.removesuffix(".weight")
+        weights |= live.weights(own)
+        adapters[own] = live.adapters
+    inner: nn.Module = live.module
+    return inner
 
 
 def _parts(
     module: nn.Module, skipped: tuple[str, ...], path: str = ""
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in a layer that are not called when a block's function runs."""
-    for name, child in module._modules.items():
+    """The modules in a layer that are not called when a block's function runs, by their paths."""
+    for name, child in vars(module)["_modules"].items():
         place = f"{path}.{name}" if path else name
         if child is not None and place not in skipped:
             yield place, child
-            yield from _parts(child, skipped, place)
+            if vars(child)["_modules"]:
+                yield from _parts(child, skipped, place)
 
 
 def _inactive_hooks(module: nn.Module) -> bool:

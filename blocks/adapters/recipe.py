@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -39,6 +40,12 @@ class Recipe:
     implementation: str | None
     rest: tuple[str, str] | None = None
     kind: str = "hf"
+
+    @cached_property
+    def places(self) -> tuple[tuple[str, str, str], ...]:
+        """The spec's parameters, the modules that hold them, and their names there."""
+        split = ((name, path.rpartition(".")) for name, path in self.names.items())
+        return tuple((name, place, kind) for name, (place, _, kind) in split)
 
     def same(self, other: Recipe) -> bool:
         """Whether another layer is run in the same way."""
