@@ -1,13 +1,13 @@
 """The problems: what each operation computes, on which inputs, in plain PyTorch.
 
-norm            [tokens, h] to the same
-rope            qk-norm, where the block has it, and RoPE: the projections' output to q and k
-ffn             the FFN half, x + mlp(norm(x))
-attention       the attention core, softmax(q kᵀ) v
-attention-half  x + self_attn(norm(x))
-block           a transformer block
-stack           several of them
-train           a training step of a small language model around a stack: loss, gradients, AdamW
+    norm            [tokens, h] to the same
+    rope            qk-norm, where the block has it, and RoPE: the projections' output to q and k
+    ffn             the FFN half, x + mlp(norm(x))
+    attention       the attention core, softmax(q kᵀ) v
+    attention-half  x + self_attn(norm(x))
+    block           a transformer block
+    stack           several of them
+    train           a training step of a small language model around a stack: loss, gradients, AdamW
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -145,7 +146,12 @@ def measure(
         compiled: whether to compile as well.
     """
     setting = _Setting(spec, layers, seq_len, compiled)
-    sizes = {"num_layers": layers, "batch_size": 1, "seq_len": seq_len, "device": "cpu"}
+    sizes: dict[str, Any] = {
+        "num_layers": layers,
+        "batch_size": 1,
+        "seq_len": seq_len,
+        "device": "cpu",
+    }
     low, high = (
         plan(
             spec, strategy="manual", policies=[policy] * layers, dtype=torch.float32, **sizes

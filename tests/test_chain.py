@@ -15,7 +15,7 @@ from backfuse.blocks.costs import block_costs
 from backfuse.blocks.planner.chain import UNITS, chain
 from backfuse.blocks.planner.choices import Choice
 from backfuse.blocks.planner.optimal import BudgetError
-from backfuse.blocks.policy import KEEP, NAMED_POLICIES
+from backfuse.blocks.policy import ACTIVATION_NAMES, KEEP, NAMED_POLICIES
 
 LLAMA = FAMILIES["llama"]
 SLIDING = BlockSpec(32, 96, 4, 2, sliding_window=5)
@@ -120,7 +120,7 @@ def test_chain_takes_segments_where_a_layer_cannot_do_it():
 
 def test_selective_gives_up_the_most_bytes_a_second_first():
     plan = make_plan(strategy="selective", budget=make_plan().kept_bytes - 1)
-    given_up = [name for p in plan.policies for name in vars(p) if getattr(p, name) != "keep"]
+    given_up = [n for p in plan.policies for n in ACTIVATION_NAMES if getattr(p, n) != "keep"]
     costs = {}
     for name in ("qkv", "attn_out", "mid", "preact"):
         one = block_costs(LLAMA, KEEP, **SIZES)
