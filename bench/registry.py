@@ -110,16 +110,12 @@ for _name, _recompute in {"quack": False, "quack-recompute": True}.items():
         partial(peers.quack_mlp, recompute=_recompute), obstacle=peers.needs_quack_ffn
     )
 for _name, _recompute in {"te": False, "te-checkpoint": True}.items():
-    _FFNS[_name] = _te(
-        partial(peers.te_half, recompute=_recompute), obstacle=peers.needs_llama_ffn
-    )
+    _FFNS[_name] = _te(partial(peers.te_half, recompute=_recompute), obstacle=peers.needs_llama_ffn)
 _FFNS |= _ours(own.ffn, ("keep", "selective"))
 _FFNS["backfuse-fused"] = Provider(
     own.fused_ffn, ("selective",), obstacle=own.needs_kernels, keeps_all=False
 )
-_FFNS = {
-    name: replace(how, make=operations.each_half(how.make)) for name, how in _FFNS.items()
-}
+_FFNS = {name: replace(how, make=operations.each_half(how.make)) for name, how in _FFNS.items()}
 _CORES = {
     f"sdpa-{backend.lower().removesuffix('_attention')}": Provider(
         partial(peers.sdpa_backend, backend=backend), obstacle=peers.needs_gpu

@@ -359,9 +359,7 @@ class Bench:
             print(f"  {contender.name} is WRONG: {contender.note}", flush=True)
             self.failed |= contender.provider.startswith("backfuse")
 
-    def _time(
-        self, step: Step, done: list[Contender], ceilings: Ceilings, bar: Any
-    ) -> None:
+    def _time(self, step: Step, done: list[Contender], ceilings: Ceilings, bar: Any) -> None:
         named = {contender.name: contender for contender in done}
         for index, name in measure.interleaved([*ceilings.rates, *named], self.setup.rounds):
             if time.monotonic() > self.deadline and index:
@@ -392,9 +390,7 @@ class Bench:
             profiler.export_chrome_trace(str(self.outputs.trace / f"{name}.json"))
             step.clear(contender)
 
-    def _write(
-        self, problem: Problem, done: list[Contender], ceilings: Ceilings | None
-    ) -> None:
+    def _write(self, problem: Problem, done: list[Contender], ceilings: Ceilings | None) -> None:
         """Rows of all that was timed."""
         eager = next((c for c in done if c.provider == "eager"), None)
         rates = ceilings.rates if ceilings else {}

@@ -235,8 +235,7 @@ def block_costs(
         for matmul in block_matmuls(spec, parsed, wanted, tokens, scores, weighted, own)
     ]
     parts += [
-        part(phase, name, 0, tokens * width)
-        for phase, name, width in _passes(spec, parsed, wanted)
+        part(phase, name, 0, tokens * width) for phase, name, width in _passes(spec, parsed, wanted)
     ]
     kept, shipped = kept_bytes(spec, parsed, **sizes), host_bytes(spec, parsed, **sizes)
     return BlockCosts(tuple(parts), kept, shipped, where)

@@ -55,7 +55,10 @@ ATTRIBUTES = {
     "attention_scale": ("attention_multiplier",),
     "attention_dropout": ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"),
     "residual_dropout": (
-        "residual_dropout", "resid_pdrop", "hidden_dropout", "hidden_dropout_prob"
+        "residual_dropout",
+        "resid_pdrop",
+        "hidden_dropout",
+        "hidden_dropout_prob",
     ),
     "residual_multiplier": ("residual_multiplier",),
     "parallel_residual": ("use_parallel_residual",),
