@@ -22,9 +22,11 @@ from torch import Tensor
 from backfuse.kernels.reference.norm import accumulate_dtype
 from backfuse.kernels.reference.rope import rope_cos_sin
 
-from .call import Branch, Call, Inputs, NormUse, Projections, WeightGrads, Weights
+from .call import Call, Inputs, Weights
 from .keep import Needs
 from .lora import Adapters
+from .parts import Branch, NormUse, Projections
+from .weight_grads import WeightGrads
 
 Heads = tuple[Tensor, Tensor, Tensor]
 

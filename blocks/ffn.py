@@ -20,9 +20,11 @@ from torch import Tensor
 from backfuse.kernels.reference.dropout import dropout_rows_
 from backfuse.kernels.reference.fp8 import DTYPE as FP8
 
-from .call import SITES, Branch, Call, Inputs, NormUse, Projections, WeightGrads, Weights
+from .call import SITES, Call, Inputs, Weights
 from .keep import Needs
 from .lora import Adapters
+from .parts import Branch, NormUse, Projections
+from .weight_grads import WeightGrads
 
 
 class FFNHalf:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionHalf
-from .call import Call, Inputs, WeightGrads, cast_weights
+from .call import Call, Inputs, cast_weights
 from .ffn import FFNHalf
 from .inputs import check_weights, prepare
 from .keep import INPUT, Needs, half_needs, half_reads, offloaded
@@ -41,6 +41,7 @@ from .policy import KEEP, Policy, PolicyLike
 from .replay import effective_policies, operators_matter
 from .run import Gradients, Kept, Layer, RunJob, wanted_names
 from .spec import BlockSpec, check_spec
+from .weight_grads import WeightGrads
 
 
 class Job(Protocol):

@@ -29,7 +29,7 @@ from backfuse.kernels.reference.norm import accumulate_dtype
 from .lora import LoRA
 
 if TYPE_CHECKING:
-    from .call import WeightGrads
+    from .weight_grads import WeightGrads
 
 #: A product to be added: `[rows, rank]`, and a matrix of that rank.
 Pair = tuple[Tensor, Tensor]

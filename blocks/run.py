@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionHalf
-from .call import Call, Inputs, WeightGrads, Weights, cast_weights
+from .call import Call, Inputs, Weights, cast_weights
 from .ffn import FFNHalf
 from .keep import INPUT, block_needs, block_reads, ffn_reads, offloaded
 from .lora import Adapters
 from .policy import Policy
 from .spec import BlockSpec
+from .weight_grads import WeightGrads
 
 Kept = dict[str, Tensor]
 Gradients = tuple[Tensor | None, list[Tensor | None]]
