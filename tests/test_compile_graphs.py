@@ -80,7 +80,7 @@ def test_saved_is_what_the_policy_keeps(policy):
     expected = results(stack, x, grad)
     sizes = kept_bytes(spec, policy, batch_size=2, seq_len=70)
     own = 2 * sum(sizes.values())
-    for budget in (1, 0.9, 0.5, 0.1, 0.001):
+    for budget in (1, 0.5, 0.001):
         torch._dynamo.reset()
         graphs, got = traced(stack, x, grad, budget)
         assert same_bits(got, expected)
