@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from backfuse.blocks.devices import DEVICES, Device, measure_cpu
 from backfuse.blocks.inputs import check_chunk_size, check_impl, check_offload_dir
 from backfuse.blocks.keep import INPUT
+from backfuse.blocks.lora import Adapters
 from backfuse.blocks.planner.plan import Plan
 from backfuse.blocks.planner.plan import plan as make_plan
 from backfuse.blocks.policy import Policy, PolicyLike
 
 from .attributes import NotUnderstood
+from .calls import OwnForward, weights_of
 from .norms import is_norm
 from .patched import State, obstacle, original_class, state_of, swap, unswap
 from .projections import projection
@@ -303,15 +305,21 @@ def _planned(
             )
     assert batch_size is not None and seq_len is not None
     recipe = _one_spec(known, "budget")
-    wanted: set[frozenset[str]] = set()
+    kinds: set[tuple[frozenset[str], Adapters]] = set()
     for name in known:
-        own = dict(model.get_submodule(name).named_parameters())
-        found = {n for n, path in recipe.names.items() if path in own and own[path].requires_grad}
-        wanted.add(frozenset(found))
-    if len(wanted) > 1:
+        try:
+            weights, adapters = weights_of(model.get_submodule(name), recipe)
+        except OwnForward as reason:
+            raise ValueError(
+                f"budget is given, and {name} runs its own forward for now: {reason}; give policy"
+            ) from reason
+        kinds.add((frozenset(n for n, w in weights.items() if w.requires_grad), adapters))
+    if len(kinds) > 1:
         raise ValueError(
-            "budget is given, and the layers have unlike parameters frozen: give policy"
+            "budget is given, and the layers have unlike parameters frozen, or unlike adapters: "
+            "give policy"
         )
+    [(wanted, adapters)] = kinds
     sample = next(model.get_submodule(next(iter(known))).parameters())
     return make_plan(
         recipe.spec,
@@ -321,7 +329,8 @@ def _planned(
         budget=budget,
         device=_device(sample) if device is None else device,
         dtype=sample.dtype,
-        requires_grad=[*wanted.pop(), INPUT],
+        requires_grad=[*wanted, INPUT],
+        adapters=dict(adapters),
     )
 
 
