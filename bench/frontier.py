@@ -18,6 +18,7 @@ from backfuse.blocks.costs import block_costs
 from backfuse.blocks.devices import Device
 from backfuse.blocks.planner.choices import Choice, layer_choices
 from backfuse.blocks.planner.optimal import BudgetError, Mix, optimal
+from backfuse.blocks.planner.step import Event
 from backfuse.blocks.policy import NAMED_POLICIES
 
 from .options import require
@@ -91,11 +92,31 @@ class Setting:
         extra = (costs.step + sum(waits)) / keep.step - 1
         return costs.kept_bytes / self.tokens / 1024, extra
 
+    def rivals(self) -> dict[str, tuple[float, float]]:
+        """The same of `torch.utils.checkpoint` around each layer, or around every k layers.
+
+        It replays the forward pass, but for what its early stop leaves out: the last down
+        projection. Around several layers it keeps their first input alone, and while they are
+        differentiated everything that they keep: that is no part of what is plotted.
+        """
+        keep = block_costs(self.block, "keep", **self._sizes)
+        down = sum(
+            part.seconds for part in keep.parts if (part.phase, part.name) == ("forward", "down")
+        )
+        x = keep.kept["x"] / self.tokens / 1024
+        return {
+            f"checkpoint{f' every {k}' if k > 1 else ''}": (
+                x / k, (keep.forward - down / k) / keep.step
+            )
+            for k in (1, 4)
+        }  # fmt: skip
+
 
 def draw(
     settings: Sequence[Setting],
     path: Path,
     points: Mapping[str, tuple[float, float]] | None = None,
+    timeline: Sequence[Event] | None = None,
 ) -> None:
     """Draws a panel for each setting, side by side, into a PNG.
 
@@ -103,6 +124,7 @@ def draw(
         settings: what of.
         path: the file.
         points: label -> KiB per token and layer, and extra time, of plans to show as well.
+        timeline: a step's events, for one more panel.
 
     Raises:
         ModuleNotFoundError: without matplotlib, with the line that installs it.
@@ -110,22 +132,26 @@ def draw(
     """
     require("matplotlib").use("Agg")
     pyplot = require("matplotlib.pyplot")
+    count = len(settings) + (timeline is not None)
     figure, panels = pyplot.subplots(
-        1, len(settings), figsize=(5.2 * len(settings), 4.4), dpi=150, layout="constrained",
-        squeeze=False, sharey=True,
+        1, count, figsize=(5.2 * count, 4.4), dpi=150, layout="constrained", squeeze=False,
+        sharey=timeline is None,
     )  # fmt: skip
-    for axes, setting in zip(panels[0], settings, strict=True):
+    if timeline is not None:
+        _step(panels[0][-1], timeline)
+    for axes, setting in zip(panels[0], settings, strict=False):
         _panel(axes, setting)
         for name, (kib, extra) in (points or {}).items():
             axes.plot(kib, 100 * extra, "D", color="#5b8c3a", markersize=5, zorder=3)
+            place = {"checkpoint": (7, 13), "this plan": (-4, -14)}.get(name, (7, 3))
             axes.annotate(
-                name, (kib, 100 * extra), textcoords="offset points", xytext=(7, 3), fontsize=9,
+                name, (kib, 100 * extra), textcoords="offset points", xytext=place, fontsize=9,
             )  # fmt: skip
     panels[0][0].set_ylabel("extra time of a step, %")
-    panels[0][-1].legend(frameon=False, fontsize=9, loc="upper right")
+    panels[0][len(settings) - 1].legend(frameon=False, fontsize=9, loc="upper right")
     lines = "Held on the device against time:", "a model, nothing here was measured"
     figure.suptitle(
-        ("\n" if len(settings) == 1 else " ").join(lines),
+        ("\n" if count == 1 else " ").join(lines),
         x=0.01, ha="left", fontsize=12, fontweight="bold",
     )  # fmt: skip
     figure.savefig(path)
@@ -156,6 +182,32 @@ def _panel(axes: Any, setting: Setting) -> None:
     axes.set_title(f"{setting.title}, one layer on {device}", loc="left", fontsize=10)
     axes.set_xlabel("KiB per token and layer on the device")
     axes.margins(x=0.06, y=0.1)
+    _plain(axes)
+
+
+def _step(axes: Any, events: Sequence[Event]) -> None:
+    """Bytes against the events of a step."""
+    gib = [event.bytes / 2**30 for event in events]
+    axes.fill_between(range(len(gib)), gib, step="mid", color="#3b6ea5", alpha=0.25, linewidth=0)
+    axes.step(range(len(gib)), gib, where="mid", color="#3b6ea5", linewidth=1.5)
+    top = max(range(len(gib)), key=gib.__getitem__)
+    axes.plot(top, gib[top], "o", color="#c8323c", markersize=5, zorder=3)
+    axes.annotate(
+        f"{gib[top]:,.2f} GiB", (top, gib[top]), textcoords="offset points", xytext=(0, 7),
+        ha="right" if top > len(gib) / 2 else "left", fontsize=9,
+    )  # fmt: skip
+    names = [n for n in dict.fromkeys(event.name for event in events) if n != "embedding"]
+    places = [[i for i, event in enumerate(events) if event.name == name] for name in names]
+    axes.set_xticks([sum(own) / len(own) for own in places], names, fontsize=9)
+    axes.set_title("Predicted bytes of a step", loc="left", fontsize=10)
+    axes.set_ylabel("GiB on the device")
+    axes.set_ylim(0, 1.12 * max(gib))
+    axes.margins(x=0.02)
+    _plain(axes)
+
+
+def _plain(axes: Any) -> None:
+    """Grid and two spines."""
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -71,7 +71,13 @@ def launches_stubbed() -> Iterator[Counter[str]]:
         return product(a, b, out, out_dtype)
 
     def addmm(
-        c: Tensor, a: Tensor, b: Tensor, out_dtype: Any = None, *, out: Tensor | None = None
+        c: Tensor,
+        a: Tensor,
+        b: Tensor,
+        out_dtype: Any = None,
+        *,
+        alpha: float = 1.0,
+        out: Tensor | None = None,
     ) -> Tensor:
         return product(a, b, out, out_dtype)
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import json as json_module
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from backfuse import BlockSpec, Plan, plan
+from backfuse import BlockSpec, ModelSpec, Plan, plan
 from backfuse.blocks.planner.byte_sizes import format_bytes
 from backfuse.blocks.planner.optimal import BudgetError
-from backfuse.blocks.planner.plan import STRATEGIES
 
 from .frontier import Setting, draw
-from .options import DTYPES, choose
+from .options import DTYPES, choose, require
 from .shapes import ALL_SHAPES
 
 
@@ -35,6 +35,57 @@ def _spec(shape: str | None, sizes: dict[str, int | None]) -> BlockSpec:
             f"name of a shape or {', '.join(needed)}"
         )
     return BlockSpec(**given)
+
+
+def from_config(path: Path) -> tuple[list[BlockSpec], dict[str, Any]]:
+    """The blocks of a Hugging Face configuration, and what surrounds them.
+
+    Args:
+        path: of a `config.json`; nothing is downloaded.
+
+    Returns:
+        A spec a layer, and `vocab_size` and `tied` where the file says them.
+
+    Raises:
+        ModuleNotFoundError: without transformers, with the line that installs it.
+        OSError: if the file cannot be read.
+        ValueError: for one that is no configuration, or of a family that a block cannot represent.
+    """
+    transformers = require("transformers")
+    try:
+        content = json_module.loads(path.read_text("utf-8"))
+        config = transformers.AutoConfig.for_model(**content).get_text_config()
+    except (TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is no Hugging Face configuration: {reason}") from error
+    specs = [BlockSpec.from_config(config, index) for index in range(config.num_hidden_layers)]
+    found = {"vocab_size": config.vocab_size, "tied": bool(config.tie_word_embeddings)}
+    return specs, found
+
+
+def _model(found: dict[str, Any], **given: Any) -> ModelSpec | None:
+    """What surrounds the layers, as far as flags and configuration say; None without a vocabulary.
+
+    Raises:
+        ValueError: for other flags where nobody says the vocabulary.
+    """
+    said = found | {name: value for name, value in given.items() if value is not None}
+    if "vocab_size" in said:
+        return ModelSpec(**said)
+    if said:
+        raise ValueError(
+            f"{', '.join(said)} is given without a vocab_size, expected --vocab-size or a --config"
+        )
+    return None
+
+
+def steps(made: Plan) -> str:
+    """The whole step in a line: bytes at its events, of the layers' passes the highest."""
+    highest: dict[str, int] = {}
+    for event in made.timeline():
+        highest[event.name] = max(event.bytes, highest.get(event.name, 0))
+    parts = (f"{name} {format_bytes(size)}" for name, size in highest.items())
+    return f"Bytes of a step: {', '.join(parts)}."
 
 
 def table(made: Plan) -> str:
@@ -69,10 +120,14 @@ def scaled(made: Plan) -> list[str]:
 def _points(made: Plan) -> dict[str, tuple[float, float]]:
     """The plan and the schedules -> KiB per token and layer, and extra time."""
     plans = {"this plan": made}
-    if "recompute" in made.allow:
-        for name in STRATEGIES[2:]:
+    if "recompute" in made.allow and len(made.kinds) == 1:
+        for name in ("sqrt", "recursive"):
             free = plan(
-                made.spec, num_layers=made.num_layers, strategy=name, allow=made.allow, **made.sizes
+                made.spec,
+                num_layers=made.num_layers,
+                strategy=name,
+                allow=made.allow,
+                **made.own_sizes,
             )
             plans[name] = free
     per = made.num_layers * made.batch_size * made.seq_len * 1024
@@ -82,7 +137,14 @@ def _points(made: Plan) -> dict[str, tuple[float, float]]:
 def run(
     *,
     shape: str | None,
-    layers: int,
+    layers: int | None,
+    config: Path | None,
+    vocab_size: int | None,
+    tied: bool,
+    optimizer: str | None,
+    world_size: int | None,
+    in_flight: int | None,
+    loss_tokens: int | None,
     seq_len: int,
     batch_size: int,
     device: str,
@@ -100,7 +162,15 @@ def run(
 
     Args:
         shape: a name of `ALL_SHAPES`, or None.
-        layers: how many.
+        layers: how many; None: as many as the configuration says.
+        config: a Hugging Face configuration, instead of a shape; None: none.
+        vocab_size: see `ModelSpec`, and so the five after it; peaks are then those of
+            a whole step.
+        tied: see vocab_size.
+        optimizer: see vocab_size.
+        world_size: see vocab_size.
+        in_flight: see vocab_size.
+        loss_tokens: see vocab_size.
         seq_len: tokens a sequence.
         batch_size: sequences.
         device: its name.
@@ -123,20 +193,35 @@ def run(
     """
     name = dtype or ("fp32" if device == "cpu" else "bf16")
     choose("dtype", name, DTYPES)
-    spec = _spec(shape, sizes)
+    found: dict[str, Any] = {}
+    if config is not None:
+        if shape is not None or any(size is not None for size in sizes.values()):
+            raise ValueError("config is given with a shape or sizes, expected one of them")
+        specs, found = from_config(config)
+        specs = specs if layers is None else [specs[i % len(specs)] for i in range(layers)]
+    elif layers is None:
+        raise ValueError("layers is None, expected --layers, or a --config that says it")
+    else:
+        specs = [_spec(shape, sizes)] * layers
+    model = _model(
+        found, vocab_size=vocab_size, tied=tied or None, optimizer=optimizer, world_size=world_size,
+        in_flight=in_flight, loss_tokens=loss_tokens,
+    )  # fmt: skip
     made = plan(
-        spec, num_layers=layers, batch_size=batch_size, seq_len=seq_len, budget=budget,
+        specs, model=model, batch_size=batch_size, seq_len=seq_len, budget=budget,
         peak_budget=peak_budget, host_budget=host_budget, strategy=strategy, allow=allow,
         device=device, dtype=DTYPES[name],
     )  # fmt: skip
     print(f"{table(made)}\n\n{made.explain()}")
     print("\n".join(scaled(made)))
+    if model is not None:
+        print(steps(made))
     if json:
         made.save(json)
         print(f"wrote {json}")
     if plot:
-        title = shape or f"hidden {spec.hidden_size}"
-        setting = Setting(title, seq_len, made.device, spec, batch_size, made.dtype)
-        draw([setting], plot, _points(made))
+        title = shape or (f"hidden {specs[0].hidden_size}" if config is None else config.stem)
+        setting = Setting(title, seq_len, made.device, specs[0], batch_size, made.dtype)
+        draw([setting], plot, _points(made) | setting.rivals(), made.timeline() if model else None)
         print(f"wrote {plot}")
     return 0

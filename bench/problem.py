@@ -208,7 +208,7 @@ class Contender:
     @property
     def compiled(self) -> bool:
         """Whether its first run compiles, and a dispatch mode would see nothing of it."""
-        return self.provider.startswith(("compile", "flex"))
+        return self.provider.startswith(("compile", "flex")) or self.provider.endswith("-compile")
 
     @property
     def opaque(self) -> bool:

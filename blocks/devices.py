@@ -146,6 +146,17 @@ def measure_cpu(dtype: torch.dtype) -> Device:
     )  # fmt: skip
 
 
+def free_bytes(where: Device) -> int:
+    """Bytes that are free on the device now; of one that is not here, its memory."""
+    if where.name == "cpu":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if torch.cuda.is_available():
+        here = torch.cuda.get_device_name().lower()
+        if where.name.replace("-", " ") in here:
+            return torch.cuda.mem_get_info()[0]
+    return where.memory
+
+
 def _fastest(function: Callable[[], object]) -> float:
     """Seconds of the fastest of some calls, within a quarter of a second; the first is not timed.
 

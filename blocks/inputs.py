@@ -36,10 +36,16 @@ def _described(x: object) -> str:
     return _told(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else repr(x)
 
 
+#: Where autocast exists; asked now, for torch.compile does not trace the question everywhere.
+AUTOCAST_DEVICES = frozenset(
+    name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name)
+)
+
+
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast asks for, or None where it does not apply."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or device not in AUTOCAST_DEVICES:
         return None
     if not torch.is_autocast_enabled(device):
         return None

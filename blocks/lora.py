@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 from .errors import nearest
 from .remember import remembered
@@ -71,7 +70,7 @@ Adapters = tuple[tuple[str, tuple[LoRA, ...]], ...]
 AdaptersLike = Mapping[str, LoRA | Sequence[LoRA]]
 
 
-@cache
+@remembered
 def projections(spec: BlockSpec) -> dict[str, int]:
     """Names of the block's projections, without `.weight`, and their numbers."""
     ending = "_proj.weight"

@@ -288,7 +288,7 @@ class BlockStack(nn.Module):
                 named = weights[index]
                 wanted = wanted_names(hidden_states, named)
                 if any(layer.wanted for layer in layers):
-                    wanted |= {INPUT}
+                    wanted = wanted | {INPUT}  # torch.compile of torch 2.11 has no |= for it
                 layers.append(Layer(policies[index], tuple(named), wanted, given[index][1]))
                 flat += named.values()
             seed = inputs.seed if inputs.seed is None else inputs.seed[first:last]

@@ -1,6 +1,6 @@
 """Fine-tunes a tiny Llama with LoRA, as it is and patched.
 
-    pip install "backfuse[hf]" peft
+    pip install "backfuse[examples,bench]"
     python examples/finetune_lora.py
     python examples/finetune_lora.py --policy full --rank 4 --steps 300
 

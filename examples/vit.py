@@ -1,6 +1,6 @@
 """Trains a tiny vision transformer on handwritten digits, as it is and patched.
 
-    pip install "backfuse[hf]" scikit-learn
+    pip install "backfuse[examples]"
     python examples/vit.py
     python examples/vit.py --policy full --steps 1000
 

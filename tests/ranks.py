@@ -1,7 +1,7 @@
 """Several processes on this machine, talking through gloo, for tests of what is distributed.
 
-One group runs many checks: a function in one of `CHECKS` whose name begins with `check_`, which
-every rank calls at the same time. Nothing hangs: collectives and the group have time limits.
+One group runs all checks of a module: functions whose names begin with `check_`, which every rank
+calls at the same time. Nothing hangs: collectives and the group have time limits.
 """
 
 import datetime
@@ -16,26 +16,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-#: Modules that hold checks.
-CHECKS = ("checks_sharded", "checks_tensor", "checks_pipeline")
-
 WORLD = 4
 
 #: Seconds that the whole group may take, and that one collective may.
 LIMIT, COLLECTIVE_LIMIT = 240, 60
 
 
-def names():
-    """Every check, as `module:function`."""
-    return [
-        f"{module}:{name}"
-        for module in CHECKS
-        for name in vars(importlib.import_module(module))
-        if name.startswith("check_")
-    ]
+def names(module):
+    """Every check of a module, in order; those that the variable CHECKS names, if it is set."""
+    found = [name for name in vars(importlib.import_module(module)) if name.startswith("check_")]
+    wanted = os.environ.get("CHECKS", "")
+    return [name for name in found if any(part in name for part in wanted.split(","))]
 
 
-def _work(rank, folder, checks):
+def _work(rank, folder, module, checks):
     """One rank: runs the checks in turn, and writes how each went; stops at the first that fails,
     because the other ranks may then be anywhere."""
     os.environ.pop("TRITON_INTERPRET", None)
@@ -49,10 +43,9 @@ def _work(rank, folder, checks):
     )
     went = {}
     for check in checks:
-        module, name = check.split(":")
         torch.manual_seed(0)
         try:
-            getattr(importlib.import_module(module), name)()
+            getattr(importlib.import_module(module), check)()
             dist.barrier()
         except BaseException:
             went[check] = traceback.format_exc()
@@ -65,11 +58,12 @@ def _work(rank, folder, checks):
     os._exit(0)  # a rank that waits in a thread of gloo's would not end
 
 
-def run(folder, checks):
-    """Runs the checks; for each, what went wrong: nothing if it is an empty text."""
-    context = mp.get_context("spawn")
+def run(folder, module):
+    """Runs a module's checks; for each, what went wrong: nothing if it is an empty text."""
+    context, checks = mp.get_context("spawn"), names(module)
     ranks = [
-        context.Process(target=_work, args=(rank, str(folder), checks)) for rank in range(WORLD)
+        context.Process(target=_work, args=(rank, str(folder), module, checks))
+        for rank in range(WORLD)
     ]
     for process in ranks:
         process.start()

@@ -87,6 +87,24 @@ def test_compiled(save, runs):
     assert graphs.calls("block_forward") == runs
 
 
+@pytest.mark.filterwarnings("ignore:a backfuse block runs inside")
+def test_torch_remat():
+    remat = pytest.importorskip("torch_remat")
+    block = make_block(FAMILIES["llama"], "full")
+    x, grad = make_input(block.spec)
+    run = remat.checkpoint(region_name="layer")(lambda x: block(x))
+
+    def step(x):
+        return run(x)
+
+    step.zero_grad, step.parameters = block.zero_grad, block.parameters
+    with FlopCounterMode(display=False) as counter:
+        assert same_bits(results(step, x, grad), results(block, x, grad))
+    once = block_flops(block.spec, "keep", batch_size=2, seq_len=70)
+    alone = block_flops(block.spec, "full", batch_size=2, seq_len=70)
+    assert counter.get_total_flops() == 2 * once.forward + once.backward + alone.total
+
+
 def test_save_ops_names_every_forward():
     assert {str(op) for op in SAVE_OPS} == {
         f"backfuse.{kind}_forward.default" for kind in ("block", "attention", "ffn")

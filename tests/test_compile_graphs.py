@@ -52,9 +52,7 @@ class Graphs:
         """Nodes that the forward graph hands to the backward graph, its inputs apart."""
         *_, output = self.forward.graph.nodes
         names = {node.name for node in self.backward.graph.nodes if node.op == "placeholder"}
-        return [
-            node for node in output.args[0] if node.op != "placeholder" and node.name in names
-        ]
+        return [node for node in output.args[0] if node.op != "placeholder" and node.name in names]
 
     def calls(self, name):
         """How often the backward graph calls an operator of that name."""

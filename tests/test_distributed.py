@@ -1,25 +1,35 @@
-"""DDP, FSDP2, tensor and pipeline parallelism on four processes: one group, many checks."""
+"""DDP, FSDP2, tensor and pipeline parallelism on four processes: a group for each matter."""
+
+import os
+import pickle
 
 import pytest
 import ranks
 import torch.distributed
 
+from backfuse import BlockSpec, plan, plan_on_all_ranks
+from backfuse.blocks.planner.optimal import BudgetError
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
-    pytest.mark.xdist_group("distributed"),
 ]
 
 
-@pytest.fixture(scope="module")
-def went(tmp_path_factory, request):
-    """How every check that was asked for went, on all ranks."""
-    wanted = {item.callspec.params["check"] for item in request.session.items if "check" in getattr(
-        getattr(item, "callspec", None), "params", {})}  # fmt: skip
-    checks = [name for name in ranks.names() if name in wanted]
-    return ranks.run(tmp_path_factory.mktemp("ranks"), checks)
+@pytest.mark.parametrize("module", ["checks_sharded", "checks_tensor", "checks_pipeline"])
+def test_on_four_ranks(module, tmp_path):
+    went = ranks.run(tmp_path, module)
+    assert went or "CHECKS" in os.environ
+    assert not any(went.values()), "\n".join(
+        f"{name}:\n{said}" for name, said in went.items() if said
+    )
 
 
-@pytest.mark.parametrize("check", ranks.names())
-def test_on_four_ranks(went, check):
-    assert not went[check], went[check]
+def test_a_plan_alone_is_a_plan():
+    spec = BlockSpec(32, 48, 4)
+    options = {"num_layers": 3, "batch_size": 1, "seq_len": 64, "device": "h100"}
+    assert plan_on_all_ranks(spec, **options) == plan(spec, **options)
+    with pytest.raises(BudgetError, match="budget is 1 bytes") as caught:
+        plan_on_all_ranks(spec, budget=1, allow=("recompute",), **options)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value) and again.least == caught.value.least

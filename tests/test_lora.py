@@ -282,6 +282,20 @@ def test_stack_with_adapters_in_some_layers(poisoned_empty):
         assert value is None or torch.equal(value, full)
 
 
+@pytest.mark.filterwarnings("error:.*lru_cache.*:UserWarning")
+def test_compiled_in_one_graph():
+    model = with_peft(make_block(LLAMA, "lean"), lora_dropout=0.2)
+    x, grad = make_input(LLAMA)
+    expected = results(model, x, grad)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model.zero_grad()
+    x.grad = None
+    torch.manual_seed(2)
+    y = compiled(x)
+    y.backward(grad)
+    assert same_bits([y.detach(), x.grad, *(p.grad for p in model.parameters())], expected)
+
+
 # Dropout
 
 
@@ -361,7 +375,7 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "neox", "dinov2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "neox", "shared-norm-and-layer-scale"])
 @pytest.mark.parametrize("trained", TRAINED)
 def test_bytes_and_flops(family, trained):
     spec = FAMILIES[family]

@@ -151,8 +151,17 @@ def test_budget_and_plan():
     with pytest.raises(ValueError, match="expected none: the layers of a patched model"):
         both = (NAMED_POLICIES["full"],) * 2
         patch(model, plan=dataclasses.replace(made, policies=both, segments=(2,)))
-    with pytest.raises(ValueError, match="sliding_window is 9 in .*0 and None in .*1"):
-        patch(make_model("gemma3_text"), budget=keep, **sizes)
+    unlike, inputs = make_model("gemma3_text"), batch("gemma3_text")
+    patch(unlike, budget=keep // 2, **sizes)
+    recipes = [layer._backfuse.recipe.spec for layer in unlike.model.layers]
+    assert len(set(recipes)) == 2
+    made = plan(recipes, budget=keep // 2, device="cpu", dtype=torch.float32, **sizes)
+    report = patch(unlike, plan=made)
+    assert [row.policy for row in report] == list(made.policies)
+    assert bits(unlike, **inputs)
+    turned = plan(recipes[::-1], device="cpu", dtype=torch.float32, **sizes)
+    with pytest.raises(ValueError, match="for model.layers.0, expected BlockSpec"):
+        patch(unlike, plan=turned)
     with pytest.raises(ValueError, match="only the attention half of model.layers.0"):
         patch(make_model("mixtral"), budget=keep, **sizes)
 
@@ -178,8 +187,8 @@ def test_a_budget_counts_what_is_trained():
     assert {row.policy for row in patch(model, budget=need - 1, **sizes)} != {
         NAMED_POLICIES["keep"]
     }
-    layer.mlp.up_proj.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match="unlike parameters frozen, or unlike adapters"):
+    layer.self_attn.v_proj = layer.self_attn.v_proj.base_layer
+    with pytest.raises(ValueError, match="the layers have unlike adapters"):
         patch(model, budget=need, **sizes)
     layer.mlp.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="layers.0 runs its own forward for now: mlp has a hook"):

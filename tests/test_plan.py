@@ -164,11 +164,11 @@ def damaged(change):
         (lambda text: "", "damaged plan"),
         (lambda text: "[]", "the file holds a list, expected an object"),
         (lambda text: "[" * 100_000, "damaged plan"),
-        (damaged(lambda c: c.update(format=2)), "format is 2, expected 1"),
+        (damaged(lambda c: c.update(format=1)), "format is 1, expected 2"),
         (damaged(lambda c: c.pop("device")), "'device' is missing"),
-        (damaged(lambda c: c["policies"].pop()), "segments hold 6 layers"),
+        (damaged(lambda c: c["policies"].pop()), "6 specs, 6 requires_grad and 5 policies"),
         (damaged(lambda c: c["policies"][0].update(qkv="drop")), "the action of qkv is 'drop'"),
-        (damaged(lambda c: c["spec"].update(hidden_size=33)), "hidden_size is 33"),
+        (damaged(lambda c: c["kinds"][0]["spec"].update(hidden_size=33)), "hidden_size is 33"),
         (damaged(lambda c: c.update(kept_bytes=c["kept_bytes"] + 1)), "kept_bytes is .* expected"),
         (damaged(lambda c: c.update(seconds="long")), "damaged plan"),
         (damaged(lambda c: c.update(seq_len=34)), "kept_bytes is"),
@@ -299,7 +299,7 @@ def test_the_command_takes_sizes_and_strategies(capsys):
         ([*SHAPE, "--hidden-size", "8"], "expected either"),
         ([*SHAPE, "--budget", "1KiB"], "budget is 1,024 bytes, expected at least"),
         ([*SHAPE, "--budget", "lots"], "budget is 'lots'"),
-        ([*SHAPE, "--strategy", "chain"], "strategy is 'chain', expected one of 'optimal'"),
+        ([*SHAPE, "--strategy", "chains"], "strategy is 'chains', expected one of 'optimal'"),
         ([*SHAPE, "--allow", "offlod"], "did you mean 'offload'"),
         ([*SHAPE, "--dtype", "fp8"], "dtype is 'fp8'"),
         ([*SHAPE, "--json", "/nowhere/plan.json"], "/nowhere/plan.json"),
@@ -307,5 +307,50 @@ def test_the_command_takes_sizes_and_strategies(capsys):
 )
 def test_the_command_says_mistakes_in_one_line(args, message, capsys):
     assert cli.main([*COMMAND, *args]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+CONFIG = {
+    "model_type": "gemma3_text", "hidden_size": 64, "intermediate_size": 128, "vocab_size": 500,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 8,
+    "sliding_window": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def test_the_command_takes_a_configuration(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    config, path, picture = (tmp_path / name for name in ("config.json", "plan.json", "plan.png"))
+    config.write_text(json.dumps(CONFIG))
+    command = ["plan", "--config", str(config), "--seq-len", "256", "--device", "h200"]
+    options = ["--peak-budget", "12MiB", "--optimizer", "sgd", "--json", str(path)]
+    assert cli.main([*command, *options, "--plot", str(picture)]) == 0
+    out = capsys.readouterr().out
+    plan = Plan.load(path)
+    assert plan.num_layers == 8 and len(plan.kinds) == 2 and plan.peak_bytes <= 12 * 2**20
+    assert plan.model == backfuse.ModelSpec(500, tied=True, optimizer="sgd")
+    assert "Bytes of a step: start" in out and plan.explain() in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "args", "message"),
+    [
+        ("{", [], "config.json is no Hugging Face configuration"),
+        ("[]", [], "config.json is no Hugging Face configuration"),
+        ('{"model_type": "t5"}', [], "expected one of"),
+        (json.dumps(CONFIG), SHAPE, "config is given with a shape or sizes"),
+        (json.dumps(CONFIG), ["--world-size", "0"], "world_size is 0"),
+        (None, [*SHAPE, "--layers", "2", "--tied"], "tied is given without a vocab_size"),
+        (None, SHAPE, "layers is None, expected --layers"),
+    ],
+)
+def test_the_command_refuses_configurations_in_one_line(content, args, message, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    command = ["plan", "--seq-len", "256", "--device", "h200"]
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+        command += ["--config", str(tmp_path / "config.json")]
+    assert cli.main([*command, *args]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

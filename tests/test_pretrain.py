@@ -4,6 +4,7 @@ import contextlib
 import errno
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -383,3 +384,13 @@ def test_documents_do_not_see_each_other(pretrain, text, tmp_path):
             assert start in (0, 60) or tokens[0, start - 1] == ord(".")
             parts += trainer.model(tokens[:, start:end], labels[:, start:end])
         torch.testing.assert_close(whole, parts)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_layers_learn_the_same(pretrain, text, tmp_path):
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        assert pretrain.main(arguments(text, tmp_path / name, *flags, steps=2, layers=1)) == 0
+    plain, compiled = (last_row(tmp_path / name) for name in ("plain", "compiled"))
+    for name in ("loss", "norm", "validation_loss"):
+        assert float(compiled[name]) == pytest.approx(float(plain[name]), rel=1e-5)

@@ -86,6 +86,19 @@ def test_policy_code_runs():
     exec(code, names)
 
 
+def test_patching_code_runs(capsys):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+        num_hidden_layers=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    code = next(block for block in CODE if "patch(model" in block)
+    exec(code, {"backfuse": backfuse, "model": model})
+    assert "fused" in capsys.readouterr().out and backfuse.unpatch(model) == 2
+
+
 @pytest.mark.parametrize("way", ["before", "after"])
 def test_before_and_after_give_the_same(way):
     """The README's six lines, on Hugging Face's own layers."""

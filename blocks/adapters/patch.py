@@ -252,36 +252,24 @@ def _policies(
     return dict(zip(known, parsed, strict=True))
 
 
-def _one_spec(known: Mapping[str, Recipe], what: str) -> Recipe:
-    """The recipe of layers that are all blocks of one spec."""
-    recipes = list(known.items())
-    for name, recipe in recipes:
+def _check_whole(known: Mapping[str, Recipe], what: str) -> None:
+    """Raise a ValueError for a layer of which only a half is a block's."""
+    for name, recipe in known.items():
         if recipe.rest is not None:
             raise ValueError(
                 f"{what} is given, and only the attention half of {name} is fused: give policy"
             )
-        if recipe.spec != recipes[0][1].spec:
-            field = next(
-                field
-                for field, value in recipe.spec.given.items()
-                if value != getattr(recipes[0][1].spec, field)
-            )
-            raise ValueError(
-                f"{what} is given, and the layers are unlike: {field} is "
-                f"{getattr(recipes[0][1].spec, field)!r} in {recipes[0][0]} and "
-                f"{getattr(recipe.spec, field)!r} in {name}; give policy, one a layer"
-            )
-    return recipes[0][1]
 
 
 def _check_plan(plan: object, known: Mapping[str, Recipe]) -> None:
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is a {type(plan).__name__}, expected a Plan")
-    spec = _one_spec(known, "plan").spec
+    _check_whole(known, "plan")
     if plan.num_layers != len(known):
         raise ValueError(f"the plan has {plan.num_layers} layers, expected {len(known)}")
-    if plan.spec != spec:
-        raise ValueError(f"the plan is of {plan.spec}, expected {spec}")
+    for (name, recipe), spec in zip(known.items(), plan.specs, strict=True):
+        if spec != recipe.spec:
+            raise ValueError(f"the plan has {spec} for {name}, expected {recipe.spec}")
     if any(part != 1 for part in plan.segments):
         raise ValueError(
             f"the plan has segments {plan.segments}, expected none: the layers of a patched model "
@@ -304,33 +292,31 @@ def _planned(
                 "for budget depends on it"
             )
     assert batch_size is not None and seq_len is not None
-    recipe = _one_spec(known, "budget")
-    kinds: set[tuple[frozenset[str], Adapters]] = set()
-    for name in known:
+    _check_whole(known, "budget")
+    wanted: list[set[str]] = []
+    beside: set[Adapters] = set()
+    for name, recipe in known.items():
         try:
             weights, adapters = weights_of(model.get_submodule(name), recipe)
         except OwnForward as reason:
             raise ValueError(
                 f"budget is given, and {name} runs its own forward for now: {reason}; give policy"
             ) from reason
-        kinds.add((frozenset(n for n, w in weights.items() if w.requires_grad), adapters))
-    if len(kinds) > 1:
-        raise ValueError(
-            "budget is given, and the layers have unlike parameters frozen, or unlike adapters: "
-            "give policy"
-        )
-    [(wanted, adapters)] = kinds
+        wanted.append({name for name, weight in weights.items() if weight.requires_grad})
+        beside.add(adapters)
+    if len(beside) > 1:
+        raise ValueError("budget is given, and the layers have unlike adapters: give policy")
+    wanted[0].add(INPUT)  # what comes before the layers may be trained
     sample = next(model.get_submodule(next(iter(known))).parameters())
     return make_plan(
-        recipe.spec,
-        num_layers=len(known),
+        [recipe.spec for recipe in known.values()],
         batch_size=batch_size,
         seq_len=seq_len,
         budget=budget,
         device=_device(sample) if device is None else device,
         dtype=sample.dtype,
-        requires_grad=[*wanted, INPUT],
-        adapters=dict(adapters),
+        requires_grad=wanted,
+        adapters=dict(beside.pop()),
     )
 
 

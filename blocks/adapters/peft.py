@@ -6,15 +6,18 @@ anybody else's passes through. Read in PEFT 0.21: `tuners/lora/layer.py`, `utils
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from backfuse.blocks.lora import LoRA
+from backfuse.blocks.remember import remembered
 
-#: Made once for each kind of adapter: a training step asks for the same ones each time.
-_lora = lru_cache(maxsize=4096)(LoRA)
+
+@remembered
+def _lora(rank: int, scale: float, dropout: float, use_bias: bool, name: str) -> LoRA:
+    """The adapter, the same one each time: a training step asks for the same ones."""
+    return LoRA(rank, scale, dropout, use_bias, name)
 
 
 class Live(NamedTuple):

@@ -20,6 +20,7 @@ from backfuse.blocks.spec import BlockSpec
 from backfuse.blocks.stack import Segments, layers_in
 
 from .schedules import inputs_held, replays
+from .scratch import backward_scratch, default_chunk, gradient_bytes
 
 #: Actions beside `keep` that a plan may use; `fp8` changes gradients.
 ALLOWED = ("recompute", "offload", "fp8")
@@ -35,7 +36,7 @@ class Choice:
         host: bytes that stay on the host.
         transient: bytes beside these while its backward runs: what it rebuilds, what came back
             from the host, and as much again on its way for the layer before. What every policy
-            needs alike (gradients, a chunk's scratch) is left out.
+            needs alike (gradients, a chunk's scratch) is left out, unless it is of a whole step.
         forward: seconds of its forward pass.
         backward: seconds of its backward pass, rebuilding included.
         link: seconds of the link, in each direction.
@@ -89,6 +90,7 @@ def layer_choice(
     device: Device | str,
     requires_grad: bool | Collection[str] = True,
     adapters: AdaptersLike | Adapters | None = None,
+    whole: bool = False,
 ) -> Choice:
     """One policy of one layer, and what it costs; arguments and errors as `layer_choices`."""
     costs = block_costs(
@@ -99,11 +101,18 @@ def layer_choice(
         spec, KEEP, batch_size=batch_size, seq_len=seq_len, dtype=dtype,
         requires_grad=requires_grad, adapters=adapters,
     )  # fmt: skip
+    if whole:
+        transient = 2 * costs.host_bytes + backward_scratch(
+            spec, policy, wanted_set(spec, requires_grad), tokens=batch_size * seq_len,
+            dtype=dtype, chunk_size=default_chunk(costs.device.name),
+        )  # fmt: skip
+    else:
+        transient = _transient(costs, policy, full)
     return Choice(
         policy,
         costs.kept_bytes,
         costs.host_bytes,
-        _transient(costs, policy, full),
+        transient,
         costs.forward,
         costs.backward + costs.recompute,
         costs.link,
@@ -130,13 +139,16 @@ def segment_choice(spec: BlockSpec, part: Segments, **sizes: Any) -> Choice:
     # a segment keeps its input even where no block reads its own: others are rebuilt from it
     wanted = wanted_set(spec, sizes.get("requires_grad", True), sizes.get("adapters"))
     tokens = sizes["batch_size"] * sizes["seq_len"]
-    itemsize = sizes.get("dtype", torch.bfloat16).itemsize
-    x = tokens * spec.hidden_size * itemsize if wanted else 0
+    dtype = sizes.get("dtype", torch.bfloat16)
+    x = tokens * spec.hidden_size * dtype.itemsize if wanted else 0
+    rebuilt = (inputs_held([part]) - 1) * x
+    if sizes.get("whole"):  # gradients appear while the inputs go
+        rebuilt = max(rebuilt, (layers - 1) * gradient_bytes(spec, wanted, dtype))
     return Choice(
         policy,
         layers * others.kept + x,
         0,
-        alone.transient + (inputs_held([part]) - 1) * x,
+        alone.transient + rebuilt,
         layers * alone.forward,
         layers * alone.backward + (replays([part]) * alone.forward if wanted else 0.0),
         0.0,
@@ -163,6 +175,7 @@ def layer_choices(
     allow: Collection[str] = ("recompute", "offload"),
     requires_grad: bool | Collection[str] = True,
     adapters: AdaptersLike | Adapters | None = None,
+    whole: bool = False,
 ) -> tuple[Choice, ...]:
     """What one layer can do, the policy `keep` first; what another beats in everything is left out.
 
@@ -175,6 +188,7 @@ def layer_choices(
         allow: actions beside `keep`, of `ALLOWED`.
         requires_grad: names of what wants a gradient (see `kept_bytes`).
         adapters: projection -> its `LoRA`, or several.
+        whole: whether transients are all that a layer's backward pass takes (see `scratch.py`).
 
     Raises:
         TypeError: for a spec, a dtype or names that are none.
@@ -185,7 +199,7 @@ def layer_choices(
     found = [
         layer_choice(
             spec, policy, batch_size=batch_size, seq_len=seq_len, dtype=dtype, device=where,
-            requires_grad=requires_grad, adapters=adapters,
+            requires_grad=requires_grad, adapters=adapters, whole=whole,
         )
         for policy in _policies(allow)
     ]  # fmt: skip

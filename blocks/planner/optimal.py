@@ -15,6 +15,11 @@ Layers stand in order of their transients, the largest first: backward comes to 
 the layers behind them kept is gone. No other order has a lower peak (two neighbours that stand the
 other way round can be exchanged without raising it).
 
+Layers that are unlike are of several kinds: each has its choices, and its number of layers. They
+stand as the model has them, so that the peak is then bounded from above: all that is kept, and the
+largest transient. Of a whole step (`Around`), gradients appear as kept bytes go, and the loss needs
+room beside all that is kept.
+
 A copy waits for no pass as a whole: that a layer's copy can only begin when the layer has run, and
 has to be back before its turn, is not in the model. Solved by HiGHS through SciPy. Without
 integers it is a linear program, and a bound on every plan.
@@ -22,6 +27,7 @@ integers it is a linear program, and a bound on every plan.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,11 +48,19 @@ SHIPPING = 1e-3
 GAP = 5e-4
 
 
+#: What a layer can do, and how many such layers there are.
+Kind = tuple[Sequence[Choice], int]
+
+#: Layers of each choice of each kind.
+Counts = list[list[float]]
+
+
 class BudgetError(ValueError):
     """No plan is within the budget.
 
     Attributes:
         least: the smallest budget that a plan is within, in bytes.
+        of_peak: whether it is the budget of the peak.
     """
 
     def __init__(
@@ -54,6 +68,7 @@ class BudgetError(ValueError):
     ) -> None:
         super().__init__(name, budget, least, what)  # as given, so that it can be pickled
         self.least = least
+        self.of_peak = name == "peak_budget"
 
     def __str__(self) -> str:
         name, budget, least, what = self.args
@@ -66,6 +81,27 @@ class Limits(NamedTuple):
     budget: int | None
     peak_budget: int | None
     host_budget: int | None
+
+
+class Around(NamedTuple):
+    """What else is there in a step, beside what layers keep and their transients.
+
+    Attributes:
+        gradient: bytes that each layer's backward pass leaves behind.
+        gradients: the same of all layers.
+        loss: bytes beside all that is kept, when the loss is computed; less those that are there
+            when backward begins.
+        in_flight: micro-batches whose kept bytes are there.
+    """
+
+    gradient: int = 0
+    gradients: int = 0
+    loss: int = 0
+    in_flight: int = 1
+
+
+#: The layers and nothing else.
+ALONE = Around()
 
 
 @dataclass(frozen=True)
@@ -81,6 +117,7 @@ class Mix:
     choices: tuple[Choice, ...]
     counts: tuple[float, ...]
     keep: Choice
+    around: Around = ALONE
 
     def _sum(self, name: str) -> float:
         pairs = zip(self.choices, self.counts, strict=True)
@@ -99,11 +136,16 @@ class Mix:
     @property
     def peak_bytes(self) -> float:
         """Kept bytes and transient where backward needs the most of both."""
-        before, peak = 0.0, 0.0
+        around = self.around
+        others = (around.in_flight - 1) * self.kept_bytes
+        left, before, peak = sum(self.counts), 0.0, self.kept_bytes + around.loss
         for choice, count in zip(self.choices, self.counts, strict=True):
+            first = before + choice.kept * min(1, count) + (left - 1) * around.gradient
             before += count * choice.kept
-            peak = max(peak, before + choice.transient)
-        return peak
+            left -= count
+            peak = max(peak, first + choice.transient)
+            peak = max(peak, before + left * around.gradient + choice.transient)
+        return others + peak
 
     @property
     def seconds(self) -> float:
@@ -127,6 +169,7 @@ def optimal(
     choices: Sequence[Choice],
     num_layers: int,
     *,
+    around: Around = ALONE,
     budget: int | None = None,
     peak_budget: int | None = None,
     host_budget: int | None = None,
@@ -137,6 +180,7 @@ def optimal(
     Args:
         choices: what a layer can do, keeping everything first (see `layer_choices`).
         num_layers: how many there are.
+        around: what else a step needs; the peak budget is of both.
         budget: bytes that may be kept on the device; None for any number.
         peak_budget: bytes that kept tensors and transients may take at any time of the backward
             pass; None for any number.
@@ -155,52 +199,112 @@ def optimal(
     for name, value in limits._asdict().items():
         if value is not None and value < 0:
             raise ValueError(f"{name} is {value}, expected at least 0 bytes")
-    mix = _solve(choices, num_layers, limits, relaxed)
-    if mix is None:
-        raise _budget_error(choices, num_layers, limits, relaxed)
-    return mix
+    found = _solve([(choices, num_layers)], limits, around, relaxed)
+    if found is None:
+        raise _budget_error([(choices, num_layers)], limits, around, relaxed)
+    order = sorted(range(len(choices)), key=lambda i: -choices[i].transient)
+    standing = [i for i in order if found[0][i] > 0]
+    counts = tuple(found[0][i] for i in standing)
+    return Mix(tuple(choices[i] for i in standing), counts, choices[0], around)
+
+
+def optimal_kinds(
+    kinds: Sequence[Kind], limits: Limits, around: Around = ALONE
+) -> list[list[Choice]]:
+    """The same for layers of several kinds.
+
+    Args:
+        kinds: what a layer of each kind can do, and how many there are of it.
+        limits: the budgets.
+        around: see `optimal`.
+
+    Returns:
+        For each kind a choice a layer, by falling transient.
+
+    Raises:
+        BudgetError: see `optimal`; of a peak it names a bound from above.
+    """
+    found = _solve(kinds, limits, around, False)
+    if found is None:
+        raise _budget_error(kinds, limits, around, False)
+    return [
+        sorted(
+            (choice for choice, n in zip(choices, counts, strict=True) for _ in range(round(n))),
+            key=lambda choice: -choice.transient,
+        )
+        for (choices, _), counts in zip(kinds, found, strict=True)
+    ]
 
 
 def _budget_error(
-    choices: Sequence[Choice], num_layers: int, limits: Limits, relaxed: bool
+    kinds: Sequence[Kind], limits: Limits, around: Around, relaxed: bool
 ) -> BudgetError:
     """The budget that cannot be met, and the least of it that can, the others being as they are."""
+
+    def least(name: str, among: Limits) -> int | None:
+        found = _solve(kinds, among, around, relaxed, name)
+        return None if found is None else math.ceil(_reached(kinds, found, around, name))
+
     if limits.budget is not None:
-        mix = _solve(choices, num_layers, limits._replace(budget=None), relaxed, "budget")
-        if mix is not None:
-            return BudgetError("budget", limits.budget, math.ceil(mix.kept_bytes))
+        bytes_ = least("budget", limits._replace(budget=None))
+        if bytes_ is not None:
+            return BudgetError("budget", limits.budget, bytes_)
     # then the peak cannot be met whatever is kept
-    free = limits._replace(budget=None, peak_budget=None)
-    mix = _solve(choices, num_layers, free, relaxed, "peak_budget")
-    assert mix is not None and limits.peak_budget is not None  # all can be kept without a limit
-    return BudgetError("peak_budget", limits.peak_budget, math.ceil(mix.peak_bytes))
+    bytes_ = least("peak_budget", limits._replace(budget=None, peak_budget=None))
+    assert bytes_ is not None and limits.peak_budget is not None  # all can be kept without a limit
+    return BudgetError("peak_budget", limits.peak_budget, bytes_)
+
+
+def _reached(kinds: Sequence[Kind], found: Counts, around: Around, name: str) -> float:
+    """The kept bytes or the peak of what was found; of several kinds a bound of the peak."""
+    if len(kinds) == 1:
+        choices = kinds[0][0]
+        order = sorted(range(len(choices)), key=lambda i: -choices[i].transient)
+        used = [i for i in order if found[0][i] > 0]
+        counts = tuple(found[0][i] for i in used)
+        mix = Mix(tuple(choices[i] for i in used), counts, choices[0], around)
+        return mix.kept_bytes if name == "budget" else mix.peak_bytes
+    pairs = [
+        (choice, n)
+        for (choices, _), counts in zip(kinds, found, strict=True)
+        for choice, n in zip(choices, counts, strict=True)
+        if n > 0
+    ]
+    kept = sum(n * choice.kept for choice, n in pairs)
+    if name == "budget":
+        return kept
+    beside = max(around.gradients + max(choice.transient for choice, _ in pairs), around.loss)
+    return around.in_flight * kept + beside
 
 
 def _solve(
-    choices: Sequence[Choice],
-    num_layers: int,
+    kinds: Sequence[Kind],
     limits: Limits,
+    around: Around,
     relaxed: bool,
     least: str | None = None,
-) -> Mix | None:
-    """The mix of least time; None if none is within the limits.
+) -> Counts | None:
+    """Layers of each choice of each kind, in the least time; None if none are within the limits.
 
     The columns: layers of each choice, whether there are any, the waits of both passes, and the
     bytes of both budgets. Bytes are counted in their greatest common divisor, so that whole layers
     meet a budget exactly, and seconds in those of a layer.
 
     Args:
-        choices: see `optimal`.
-        num_layers: see `optimal`.
+        kinds: see `optimal_kinds`.
         limits: the budgets.
+        around: see `optimal`.
         relaxed: see `optimal`.
         least: minimise this budget instead of the time.
     """
     from scipy import optimize  # half a second, which only those who plan should wait for
 
+    choices = [choice for own, _ in kinds for choice in own]
+    num_layers = sum(layers for _, layers in kinds)
     order = sorted(range(len(choices)), key=lambda i: -choices[i].transient)
     size, layer = len(choices), choices[0].seconds
-    unit = math.gcd(*(c.kept for c in choices), *(c.transient for c in choices)) or 1
+    bare = around == ALONE  # whole layers then meet a peak exactly
+    unit = math.gcd(*(c.kept for c in choices), *(c.transient for c in choices if bare)) or 1
     host_unit = math.gcd(*(c.host for c in choices)) or 1
 
     def column(name: str, per: float) -> np.ndarray:
@@ -227,14 +331,26 @@ def _solve(
     if limits.host_budget is not None:
         at_most(limits.host_budget // host_unit)[counts] = column("host", host_unit)
     if limits.peak_budget is not None or least == "peak_budget":
-        before = np.zeros(size)
+        others = (around.in_flight - 1) * kept
+        gradient = around.gradient / unit
+        at_most(-around.loss / unit)[[*range(size), peak_cap]] = [*(others + kept), -1]
+        before, left = np.zeros(size), np.full(size, gradient)
         for i in order:
-            before[i] = kept[i]
-            row = at_most(0)
-            row[counts], row[peak_cap] = before, -1
-            row[size + i] = choices[i].transient / unit
             row = at_most(0)
             row[i], row[size + i] = 1, -num_layers
+            transient = choices[i].transient / unit
+            if len(kinds) > 1:  # as they stand, which is not by transient
+                row = at_most(-around.gradients / unit)
+                row[counts], row[peak_cap], row[size + i] = others + kept, -1, transient
+                continue
+            if gradient > kept[i]:  # the most when the first of these layers is differentiated
+                row = at_most(gradient * (1 - num_layers))
+                row[counts], row[peak_cap] = others + before - (gradient - left), -1
+                row[size + i] = kept[i] + transient
+            before[i], left[i] = kept[i], 0
+            row = at_most(-gradient * num_layers)
+            row[counts], row[peak_cap] = others + before - (gradient - left), -1
+            row[size + i] = transient
     objective = np.zeros(width)
     if least:
         objective[kept_cap if least == "budget" else peak_cap] = 1
@@ -246,23 +362,26 @@ def _solve(
     upper[counts], upper[used] = num_layers, 1
     for cap, value in ((kept_cap, limits.budget), (peak_cap, limits.peak_budget)):
         if value is not None:
-            upper[cap] = value // unit
+            upper[cap] = value / unit
     whole = np.zeros(width)
     whole[: 2 * size] = 0 if relaxed else 1
-    layers = np.zeros(width)
-    layers[counts] = 1
+    layers = np.zeros((len(kinds), width))
+    start = 0
+    for index, (own, _) in enumerate(kinds):
+        layers[index, start : start + len(own)] = 1
+        start += len(own)
+    each = [n for _, n in kinds]
     found = optimize.milp(
         objective,
         integrality=whole,
         bounds=optimize.Bounds(0, upper),
         constraints=(
             optimize.LinearConstraint(np.array(rows), ub=np.array(ends)),
-            optimize.LinearConstraint(layers, num_layers, num_layers),
+            optimize.LinearConstraint(layers, each, each),
         ),
         options={"mip_rel_gap": 0 if least else GAP},
     )
     if found.x is None:
         return None
-    taken = [float(n) if relaxed else float(round(n)) for n in found.x[counts]]
-    standing = [i for i in order if taken[i] > 0]
-    return Mix(tuple(choices[i] for i in standing), tuple(taken[i] for i in standing), choices[0])
+    taken = iter(float(n) if relaxed else float(round(n)) for n in found.x[counts])
+    return [list(itertools.islice(taken, len(own))) for own, _ in kinds]

@@ -6,15 +6,18 @@
 | `uniform` | every k-th layer keeps its `x`, with the smallest k that is within the budgets |
 | `sqrt` | segments of about the square root of the number of layers |
 | `recursive` | halves of halves: O(log layers) inputs at once |
+| `chain` | a dynamic program over the layers in order, segments among them (`chain.py`) |
+| `selective` | recompute the tensors with the most bytes a second, one after the other |
+| `manual` | what the user says, layer by layer |
 
-The last three recompute everything but a segment's `x` (`schedules.py`).
+`uniform`, `sqrt` and `recursive` recompute everything but a segment's `x` (`schedules.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,25 +26,30 @@ from typing import Any
 import pandas as pd
 import torch
 
-from backfuse.blocks.devices import Device
+from backfuse.blocks.devices import Device, free_bytes
 from backfuse.blocks.devices import device as device_named
 from backfuse.blocks.keep import INPUT
 from backfuse.blocks.lora import Adapters, AdaptersLike, parse_adapters
 from backfuse.blocks.memory import wanted_set
-from backfuse.blocks.policy import ACTIVATION_NAMES, KEEP, NAMED_POLICIES, Policy
+from backfuse.blocks.policy import ACTIVATION_NAMES, KEEP, Policy
 from backfuse.blocks.spec import BlockSpec, choose
 from backfuse.blocks.stack import BlockStack, Segments, layers_in, parse_segments
 
 from . import plan_file, words
 from .byte_sizes import parse_bytes
-from .choices import Choice, check_allow, layer_choice, layer_choices, segment_choice
-from .optimal import BudgetError, Limits, Mix, optimal
-from .schedules import recursive, sqrt, uniform
+from .choices import Choice, check_allow, layer_choice, segment_choice
+from .optimal import BudgetError, Limits, Mix
+from .scratch import default_chunk
+from .search import FULL, Manual, manual, search
+from .step import Event, Fixed, LayerBytes, ModelSpec, fixed, layer_bytes, timeline
 
-STRATEGIES = ("optimal", "uniform", "sqrt", "recursive")
+STRATEGIES = ("optimal", "uniform", "sqrt", "recursive", "chain", "selective", "manual")
 
-#: What the layers of a segment keep, apart from its first `x`.
-FULL = NAMED_POLICIES["full"]
+#: Share of the memory that is free which `"auto"` takes: the rest is for what fragments.
+AUTO_SHARE = 0.9
+
+#: Tokens or sequences beyond which `Plan.max_seq_len` and `max_batch_size` do not look.
+MOST = 2**24
 
 
 @dataclass(frozen=True)
@@ -49,11 +57,11 @@ class Plan:
     """One policy a layer, segments, and what they will cost; made by `plan`.
 
     Attributes:
-        spec: each layer.
+        specs: one a layer.
         batch_size: sequences.
         seq_len: tokens a sequence.
         dtype: of everything.
-        requires_grad: names of what wants a gradient.
+        requires_grad: names of what wants a gradient, for each layer.
         device: where, as the cost model sees it.
         strategy: how the plan was made.
         allow: actions beside `keep` that it may use.
@@ -63,13 +71,15 @@ class Plan:
         policies: one a layer, the first layer first.
         segments: sizes of the segments that share one `x`, as `BlockStack` takes them.
         adapters: of each layer's projections.
+        model: what surrounds the layers: `peak_bytes` is then that of a whole step; None for the
+            layers alone.
     """
 
-    spec: BlockSpec
+    specs: tuple[BlockSpec, ...]
     batch_size: int
     seq_len: int
     dtype: torch.dtype
-    requires_grad: tuple[str, ...]
+    requires_grad: tuple[tuple[str, ...], ...]
     device: Device
     strategy: str
     allow: tuple[str, ...]
@@ -79,12 +89,18 @@ class Plan:
     policies: tuple[Policy, ...]
     segments: tuple[Segments, ...]
     adapters: Adapters = ()
+    model: ModelSpec | None = None
 
     def __post_init__(self) -> None:
         choose("strategy", self.strategy, STRATEGIES)
         check_allow(self.allow)
         if not self.policies:
             raise ValueError("policies are none, expected one a layer")
+        if not len(self.specs) == len(self.requires_grad) == len(self.policies):
+            raise ValueError(
+                f"there are {len(self.specs)} specs, {len(self.requires_grad)} requires_grad and "
+                f"{len(self.policies)} policies, expected one of each a layer"
+            )
         parse_segments(self.segments, self.policies)
         for part, policies in self.parts():
             if len(policies) > 1 and set(policies) != {FULL}:
@@ -96,13 +112,39 @@ class Plan:
         return len(self.policies)
 
     @property
-    def sizes(self) -> dict[str, Any]:
-        """What costs depend on beside spec and policy, as keyword arguments."""
+    def spec(self) -> BlockSpec:
+        """Each layer.
+
+        Raises:
+            ValueError: if they are unlike.
+        """
+        if len(set(self.specs)) > 1:
+            raise ValueError("the plan's layers are unlike, expected like ones: see specs")
+        return self.specs[0]
+
+    @property
+    def own_sizes(self) -> dict[str, Any]:
+        """What costs depend on beside spec, gradients and policy, as keyword arguments."""
         return {
             "batch_size": self.batch_size, "seq_len": self.seq_len, "dtype": self.dtype,
-            "device": self.device, "requires_grad": self.requires_grad,
-            "adapters": self.adapters,
+            "device": self.device, "adapters": self.adapters,
         }  # fmt: skip
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The same, and whether transients are those of a whole step."""
+        return self.own_sizes | {"whole": self.model is not None}
+
+    @cached_property
+    def kinds(self) -> list[tuple[BlockSpec, tuple[str, ...]]]:
+        """Spec and wanted names of each kind of layer, in order of appearance."""
+        return list(dict.fromkeys(zip(self.specs, self.requires_grad, strict=True)))
+
+    @cached_property
+    def kind_of(self) -> list[int]:
+        """Each layer's place in `kinds`."""
+        index = {kind: i for i, kind in enumerate(self.kinds)}
+        return [index[kind] for kind in zip(self.specs, self.requires_grad, strict=True)]
 
     def parts(self) -> Iterator[tuple[Segments, tuple[Policy, ...]]]:
         """Each segment, and its layers' policies."""
@@ -112,23 +154,64 @@ class Plan:
             yield part, self.policies[first:last]
             first = last
 
+    def priced(self, kind: int, part: Segments, policy: Policy) -> Choice:
+        """What a segment of a kind of layers costs."""
+        spec, wanted = self.kinds[kind]
+        return _priced(spec, wanted, part, policy, tuple(self.sizes.items()))
+
     @cached_property
     def mix(self) -> Mix:
         """What it costs, segment by segment."""
-
-        @functools.cache
-        def priced(part: Segments, policy: Policy) -> Choice:
-            if layers_in(part) > 1:
-                return segment_choice(self.spec, part, **self.sizes)
-            return layer_choice(self.spec, policy, **self.sizes)
-
-        choices = tuple(priced(part, policies[0]) for part, policies in self.parts())
-        return Mix(choices, (1,) * len(choices), self.keep)
+        choices, first = [], 0
+        for part, policies in self.parts():
+            choices.append(self.priced(self.kind_of[first], part, policies[0]))
+            first += layers_in(part)
+        return Mix(tuple(choices), (1,) * len(choices), choices[0])
 
     @cached_property
-    def keep(self) -> Choice:
-        """What a layer costs that keeps everything."""
-        return layer_choice(self.spec, KEEP, **self.sizes)
+    def keep(self) -> tuple[int, float]:
+        """Bytes and seconds of all layers if they kept everything."""
+        alone = [self.priced(kind, 1, KEEP) for kind in self.kind_of]
+        return sum(one.kept for one in alone), sum(one.seconds for one in alone)
+
+    @cached_property
+    def layer_bytes(self) -> list[LayerBytes]:
+        """What a whole step needs to know of each segment."""
+        found, first = [], 0
+        for (part, policies), choice in zip(self.parts(), self.mix.choices, strict=True):
+            spec, wanted = self.kinds[self.kind_of[first]]
+            found.append(layer_bytes(
+                spec, policies[0], frozenset(wanted), choice, layers_in(part),
+                tokens=self.batch_size * self.seq_len, dtype=self.dtype,
+                chunk_size=default_chunk(self.device.name),
+            ))  # fmt: skip
+            first += layers_in(part)
+        return found
+
+    @cached_property
+    def fixed(self) -> Fixed:
+        """What surrounds the layers, in bytes.
+
+        Raises:
+            ValueError: without a model.
+        """
+        if self.model is None:
+            raise ValueError("model is None, expected a ModelSpec: the rest of a step is unknown")
+        return fixed(
+            self.model, self.layer_bytes, tokens=self.batch_size * self.seq_len,
+            hidden_size=self.specs[0].hidden_size, dtype=self.dtype,
+            foreach=self.device.name != "cpu",
+        )  # fmt: skip
+
+    def timeline(self) -> list[Event]:
+        """Bytes on the device, event by event of a whole step.
+
+        Raises:
+            ValueError: for a plan without a model.
+        """
+        around = self.fixed
+        assert self.model is not None
+        return timeline(self.model, self.layer_bytes, around)
 
     @property
     def kept_bytes(self) -> int:
@@ -145,13 +228,15 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes that activations take at most while backward runs: modelled.
+        """Bytes at most: of a whole step with a model, else of activations while backward runs.
 
-        What is still kept on the device, and of the layer or segment that is being differentiated
-        what it rebuilds, what came back from the host, and as much on its way for the next. Not
-        in it: parameters, their gradients, optimizer, embeddings, logits, gradients between layers
-        and a chunk's scratch.
+        With a model: see `step.py`. Without: what is still kept on the device, and of the layer or
+        segment that is being differentiated what it rebuilds, what came back from the host, and as
+        much on its way for the next. Not in it then: parameters, their gradients, optimizer,
+        embeddings, logits, gradients between layers and a chunk's scratch.
         """
+        if self.model is not None:
+            return max(event.bytes for event in self.timeline())
         return int(self.mix.peak_bytes)
 
     @property
@@ -162,7 +247,7 @@ class Plan:
     @property
     def overhead(self) -> float:
         """What a step takes longer than if everything were kept, as a fraction of that."""
-        return self.seconds / (self.num_layers * self.keep.seconds) - 1
+        return self.seconds / self.keep[1] - 1 if self.keep[1] else 0.0
 
     def runs(self) -> Iterator[tuple[int, int, Segments, Policy, Choice]]:
         """Runs of like segments: first layer, layers, segment, policy, what each segment costs."""
@@ -200,7 +285,46 @@ class Plan:
         Raises:
             BudgetError: if no plan is within them.
         """
-        return _search(replace(self, **limits))
+        return search(replace(self, **limits))
+
+    def max_seq_len(self, **budgets: int | str | None) -> int:
+        """The longest sequences for which there is such a plan; it is made anew for each length.
+
+        Args:
+            budgets: `budget`, `peak_budget`, `host_budget`; those not named stay.
+
+        Raises:
+            BudgetError: if there is none even for one token.
+            ValueError: without any budget, and for one that is none.
+        """
+        return self._largest("seq_len", budgets)
+
+    def max_batch_size(self, **budgets: int | str | None) -> int:
+        """The same for sequences in a batch."""
+        return self._largest("batch_size", budgets)
+
+    def _largest(self, name: str, budgets: dict[str, int | str | None]) -> int:
+        limits = {n: None if v is None else parse_bytes(n, v) for n, v in budgets.items()}
+        start = replace(self, **limits)  # type: ignore[arg-type]
+        if start.budget is None and start.peak_budget is None:
+            raise ValueError("budget and peak_budget are None, expected one of them")
+        start = _bare(start)
+
+        def fits(value: int) -> bool:
+            try:
+                search(replace(start, **{name: value}))  # type: ignore[arg-type]
+            except BudgetError:
+                return False
+            return True
+
+        search(replace(start, **{name: 1}))  # type: ignore[arg-type]
+        low, high = 1, 2
+        while high <= MOST and fits(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
 
     def explain(self) -> str:
         """In plain words: what is recomputed or offloaded and why, what would go next."""
@@ -233,42 +357,72 @@ class Plan:
         return plan
 
 
-def plan(
+@functools.lru_cache(maxsize=4096)
+def _priced(
     spec: BlockSpec,
+    wanted: tuple[str, ...],
+    part: Segments,
+    policy: Policy,
+    sizes: tuple[tuple[str, Any], ...],
+) -> Choice:
+    if layers_in(part) > 1:
+        return segment_choice(spec, part, **dict(sizes), requires_grad=wanted)
+    return layer_choice(spec, policy, **dict(sizes), requires_grad=wanted)
+
+
+def _bare(start: Plan) -> Plan:
+    """The plan before its strategy has done anything; a manual one is as it is."""
+    if start.strategy == "manual":
+        return start
+    layers = start.num_layers
+    return replace(start, policies=(KEEP,) * layers, segments=(1,) * layers)
+
+
+def plan(
+    spec: BlockSpec | Sequence[BlockSpec],
     *,
-    num_layers: int,
+    num_layers: int | None = None,
     batch_size: int,
     seq_len: int,
     budget: int | str | None = None,
     peak_budget: int | str | None = None,
     host_budget: int | str | None = None,
     strategy: str = "optimal",
+    policies: Manual | None = None,
     allow: Collection[str] = ("recompute", "offload"),
     device: Device | str,
     dtype: torch.dtype = torch.bfloat16,
-    requires_grad: bool | Collection[str] = True,
+    requires_grad: bool | Collection[str] | Sequence[bool | Collection[str]] = True,
     adapters: AdaptersLike | None = None,
+    model: ModelSpec | None = None,
 ) -> Plan:
     """What each layer of a stack keeps, so that it is within the budgets and takes little time.
 
     Costs come from arithmetic and a table of devices: nothing is run, and no GPU is needed.
 
     Args:
-        spec: each layer.
-        num_layers: how many.
+        spec: each layer; or a sequence, one a layer.
+        num_layers: how many, of one spec.
         batch_size: sequences.
         seq_len: tokens a sequence.
         budget: bytes for kept activations on the device, an integer or text (`"40GiB"`, `"40GB"`);
-            None for any number.
+            `"auto"`: what is free on the device, less a tenth (of a device that is not here, its
+            memory); None for any number.
         peak_budget: likewise for `Plan.peak_bytes`, which says what it counts.
         host_budget: likewise for what is kept on the host.
         strategy: one of `STRATEGIES`; what `optimal` finds may take up to half a thousandth of a
             step longer than the best.
+        policies: with the strategy `manual`: one a layer, or rules, such as
+            `{0: "keep", "layers.[1-3]": "lean"}` (the first that names a layer counts; layers that
+            none names keep everything). `allow` does not matter then.
         allow: actions beside `keep`: `recompute`, `offload`, and `fp8`, which changes gradients.
         device: its name in `blocks/devices.py`, or a `Device`.
         dtype: of everything.
-        requires_grad: names of what wants a gradient in each layer (see `kept_bytes`).
+        requires_grad: names of what wants a gradient in each layer (see `kept_bytes`); or a
+            sequence of such, one a layer. Beside layers that name `hidden_states`, the input of the
+            first is taken to want one if that layer does, that of another if a layer before does.
         adapters: projection -> its `LoRA`, or several, in each layer.
+        model: what surrounds the layers; peaks are then those of a whole step.
 
     Raises:
         BudgetError: (a ValueError) for a budget that no plan is within; it says the least that
@@ -276,64 +430,80 @@ def plan(
         TypeError: for a spec, budget, dtype or names that are none.
         ValueError: for sizes, names, strategies, devices, dtypes or actions that do not exist.
     """
-    if not isinstance(spec, BlockSpec):
-        raise TypeError(
-            f"spec is a {type(spec).__name__}, expected a BlockSpec; that of a Hugging Face model "
-            "is BlockSpec.from_config(model.config)"
-        )
-    if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
-        raise ValueError(f"num_layers is {num_layers!r}, expected a positive integer")
+    specs = _specs(spec, num_layers)
+    layers = len(specs)
+    where = device if isinstance(device, Device) else device_named(device)
     limits = {
-        name: None if value is None else parse_bytes(name, value)
+        name: None if value is None else _bytes(name, value, where)
         for name, value in zip(Limits._fields, (budget, peak_budget, host_budget), strict=True)
     }
-    own = parse_adapters(spec, adapters)
-    wanted = wanted_set(spec, requires_grad, own)
-    return _search(
+    own = parse_adapters(specs[0], adapters)
+    if model is not None and not isinstance(model, ModelSpec):
+        raise TypeError(f"model is a {type(model).__name__}, expected a ModelSpec or None")
+    if (policies is not None) != (strategy == "manual"):
+        raise ValueError(
+            f"policies is {policies!r} with the strategy {strategy!r}, expected them together "
+            "with 'manual', and only there"
+        )
+    said: tuple[Policy, ...] = (KEEP,) * layers
+    parts: tuple[Segments, ...] = (1,) * layers
+    if policies is not None:
+        said, parts = manual(policies, layers)
+    return search(
         Plan(
-            spec=spec, batch_size=batch_size, seq_len=seq_len, dtype=dtype,
-            requires_grad=tuple(sorted(wanted | {INPUT} if wanted else wanted)),
-            device=device if isinstance(device, Device) else device_named(device),
+            specs=specs, batch_size=batch_size, seq_len=seq_len, dtype=dtype,
+            requires_grad=_wanted(specs, requires_grad, own), device=where,
             strategy=strategy, allow=tuple(allow), **limits,
-            policies=(KEEP,) * num_layers, segments=(1,) * num_layers, adapters=own,
+            policies=said, segments=parts, model=model, adapters=own,
         )
     )  # fmt: skip
 
 
-def _search(start: Plan) -> Plan:
-    """The plan that the strategy of `start` finds, under its budgets."""
-    limits = Limits(start.budget, start.peak_budget, start.host_budget)
-    layers = start.num_layers
-    if start.strategy == "optimal":
-        choices = layer_choices(start.spec, **start.sizes, allow=start.allow)
-        mix = optimal(choices, layers, **limits._asdict())
-        return replace(start, policies=mix.policies, segments=(1,) * layers)
-    if "recompute" not in start.allow:
-        raise ValueError(
-            f"allow is {start.allow}, expected 'recompute' among it: the strategy "
-            f"{start.strategy!r} does nothing else"
+def _specs(spec: object, num_layers: int | None) -> tuple[BlockSpec, ...]:
+    if isinstance(spec, Sequence) and spec and all(isinstance(s, BlockSpec) for s in spec):
+        if num_layers not in (None, len(spec)):
+            raise ValueError(f"num_layers is {num_layers!r}, expected the specs' {len(spec)}")
+        if len({one.hidden_size for one in spec}) > 1:
+            raise ValueError("spec holds blocks of several hidden sizes, expected one")
+        return tuple(spec)
+    if not isinstance(spec, BlockSpec):
+        raise TypeError(
+            f"spec is a {type(spec).__name__}, expected a BlockSpec, or one a layer; that of a "
+            "Hugging Face model is BlockSpec.from_config(model.config)"
         )
-    schedules: Iterable[list[Segments]] = (
-        (uniform(layers, every) for every in range(1, layers + 1))
-        if start.strategy == "uniform"
-        else [sqrt(layers) if start.strategy == "sqrt" else recursive(layers)]
-    )
-    tried = []
-    for segments in schedules:
-        found = replace(start, policies=(FULL,) * layers, segments=tuple(segments))
-        over = (found.kept_bytes, limits.budget), (found.peak_bytes, limits.peak_budget)
-        if all(limit is None or size <= limit for size, limit in over):
-            return found
-        tried.append(found)
-    what = f"no schedule of the strategy {start.strategy!r}"
-    kept = [one for one in tried if limits.budget is None or one.kept_bytes <= limits.budget]
-    if not kept:
-        assert limits.budget is not None
-        least = min(one.kept_bytes for one in tried)
-        raise BudgetError("budget", limits.budget, least, what)
-    assert limits.peak_budget is not None
-    least = min(one.peak_bytes for one in kept)
-    raise BudgetError("peak_budget", limits.peak_budget, least, what)
+    if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
+        raise ValueError(f"num_layers is {num_layers!r}, expected a positive integer")
+    return (spec,) * num_layers
+
+
+def _wanted(
+    specs: Sequence[BlockSpec], requires_grad: Any, adapters: Adapters
+) -> tuple[tuple[str, ...], ...]:
+    """Names for each layer, its input's among them where that wants a gradient."""
+    one_each = (
+        isinstance(requires_grad, Sequence) and not isinstance(requires_grad, str)
+        and len(requires_grad) > 0 and not any(isinstance(name, str) for name in requires_grad)
+    )  # fmt: skip
+    each = requires_grad if one_each else [requires_grad] * len(specs)
+    if len(each) != len(specs):
+        raise ValueError(f"requires_grad holds {len(each)}, expected one a layer ({len(specs)})")
+    found: list[tuple[str, ...]] = []
+    for index, (spec, own) in enumerate(zip(specs, each, strict=True)):
+        wanted = wanted_set(spec, own, adapters)
+        said = not isinstance(own, bool) and INPUT in own
+        flows = said or (any(found) if index else bool(wanted))
+        wanted = wanted | {INPUT} if flows else wanted - {INPUT}
+        found.append(tuple(sorted(wanted)))
+    return tuple(found)
+
+
+def _bytes(name: str, value: int | str, where: Device) -> int:
+    """A budget: bytes, or those that `"auto"` finds."""
+    if value != "auto":
+        return parse_bytes(name, value)
+    if name == "host_budget":
+        raise ValueError("host_budget is 'auto', expected bytes: what is free changes with the day")
+    return int(AUTO_SHARE * free_bytes(where))
 
 
 def apply(stack: BlockStack, plan: Plan) -> tuple[list[Policy], list[Segments]]:
@@ -360,10 +530,11 @@ def apply(stack: BlockStack, plan: Plan) -> tuple[list[Policy], list[Segments]]:
         raise ValueError(
             f"the plan has {plan.num_layers} layers, expected the stack's {len(stack.layers)}"
         )
-    if stack.spec != plan.spec:
+    unlike = next((spec for spec in plan.specs if spec != stack.spec), None)
+    if unlike is not None:
         name, planned, own = next(
             (name, value, getattr(stack.spec, name))
-            for name, value in vars(plan.spec).items()
+            for name, value in vars(unlike).items()
             if not name.startswith("_") and value != getattr(stack.spec, name)
         )
         raise ValueError(f"the plan's {name} is {planned!r}, expected the stack's: {own!r}")

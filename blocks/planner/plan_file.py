@@ -24,12 +24,13 @@ from backfuse.blocks.spec import BlockSpec
 from backfuse.blocks.stack import Segments
 
 from .byte_sizes import parse_bytes
+from .step import ModelSpec
 
 if TYPE_CHECKING:
     from .plan import Plan
 
 #: Changes when an older reader would misread the file.
-FORMAT = 1
+FORMAT = 2
 
 #: What a plan costs, by the names of its properties.
 NUMBERS = ("kept_bytes", "host_bytes", "peak_bytes", "seconds", "overhead")
@@ -66,9 +67,10 @@ def write(path: Path, plan: Plan) -> None:
         **{name: getattr(plan, name) for name in (*PLAIN, *BUDGETS, *NUMBERS)},
         "dtype": _dtype_name(plan.dtype),
         "allow": list(plan.allow),
-        "requires_grad": list(plan.requires_grad),
         "device": asdict(plan.device) | {"dtypes": [_dtype_name(d) for d in plan.device.dtypes]},
-        "spec": plan.spec.given,
+        "kinds": [{"spec": spec.given, "requires_grad": wanted} for spec, wanted in plan.kinds],
+        "kind_of": plan.kind_of,
+        "model": None if plan.model is None else asdict(plan.model),
         "policies": [asdict(policy) for policy in plan.policies],
         "segments": plan.segments,
         "adapters": {name: [asdict(lora) for lora in own] for name, own in plan.adapters},
@@ -93,21 +95,25 @@ def fields_of(content: Any) -> dict[str, Any]:
         raise ValueError(f"format is {content['format']!r}, expected {FORMAT}")
     device = dict(content["device"])
     device["dtypes"] = tuple(_dtype(name) for name in device["dtypes"])
+    kinds = [(BlockSpec(**kind["spec"]), tuple(kind["requires_grad"])) for kind in content["kinds"]]
+    if not all(isinstance(k, int) and 0 <= k < len(kinds) for k in content["kind_of"]):
+        raise ValueError(f"kind_of is {content['kind_of']}, expected indices of kinds")
+    own = [kinds[index] for index in content["kind_of"]]
     budgets = {name: content[name] for name in BUDGETS}
-    spec = BlockSpec(**content["spec"])
     adapters = content.get("adapters", {})  # what plans without them, of earlier versions, lack
     return {
         **{name: content[name] for name in PLAIN},
         **{n: None if value is None else parse_bytes(n, value) for n, value in budgets.items()},
         "dtype": _dtype(content["dtype"]),
         "allow": tuple(content["allow"]),
-        "requires_grad": tuple(content["requires_grad"]),
+        "requires_grad": tuple(wanted for _, wanted in own),
         "device": Device(**device),
-        "spec": spec,
+        "specs": tuple(spec for spec, _ in own),
+        "model": None if content["model"] is None else ModelSpec(**content["model"]),
         "policies": tuple(Policy(**policy) for policy in content["policies"]),
         "segments": tuple(_tuples(part) for part in content["segments"]),
         "adapters": parse_adapters(
-            spec, {name: [LoRA(**one) for one in own] for name, own in adapters.items()}
+            kinds[0][0], {name: [LoRA(**one) for one in own] for name, own in adapters.items()}
         ),
     }
 

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 DONE = {"recompute": "recomputed", "offload": "offloaded", "fp8": "kept in eight bits"}
 
 
-def _given_up(plan: Plan) -> Counter[tuple[str, str]]:
-    """Activation and action -> in how many layers, where the action is not `keep`."""
+def _given_up(plan: Plan, kind: int | None = None) -> Counter[tuple[str, str]]:
+    """Activation and action -> in how many layers (of a kind), where the action is not `keep`."""
     return Counter(
         (name, action)
-        for policy in plan.policies
+        for own, policy in zip(plan.kind_of, plan.policies, strict=True)
+        if kind in (None, own)
         for name in ACTIVATION_NAMES
         if (action := getattr(policy, name)) != "keep"
     )
@@ -33,11 +34,12 @@ def summary(plan: Plan) -> str:
     tokens = f"{plan.batch_size} x {plan.seq_len:,} tokens in {str(plan.dtype)[6:]}"
     kept, host, peak, everything = map(
         format_bytes,
-        (plan.kept_bytes, plan.host_bytes, plan.peak_bytes, plan.num_layers * plan.keep.kept),
+        (plan.kept_bytes, plan.host_bytes, plan.peak_bytes, plan.keep[0]),
     )
+    of = "with what backward rebuilds or fetches" if plan.model is None else "in a whole step"
     return (
         f"{plan.num_layers} layers on {plan.device.name}, {tokens}: {kept} kept on the device of "
-        f"{everything}, {host} on the host; at most {peak} with what backward rebuilds or fetches. "
+        f"{everything}, {host} on the host; at most {peak} {of}. "
         f"By arithmetic a step takes {1e3 * plan.seconds:,.1f} ms, {plan.overhead:.2%} longer than "
         "with everything kept."
     )
@@ -50,19 +52,8 @@ def _layers(count: int) -> str:
 def explain(plan: Plan) -> str:
     """See `Plan.explain`."""
     lines = [summary(plan)]
-    costs = activation_costs(plan.spec, **plan.sizes)
-    for (name, action), layers in sorted(_given_up(plan).items(), key=lambda item: -item[1]):
-        cost = costs[name]
-        price = {
-            "recompute": f"{1e3 * cost.recompute:,.2f} ms of a backward pass",
-            "offload": f"{1e3 * cost.offload:,.2f} ms of the link in each direction",
-            "fp8": "rounded gradients",
-        }[action]
-        frees = format_bytes(cost.bytes / 2 if action == "fp8" else cost.bytes)
-        lines.append(
-            f"{name} is {DONE[action]} in {_layers(layers)}: that frees {frees} a layer for "
-            f"{price}."
-        )
+    for index in range(len(plan.kinds)):
+        lines += _of_kind(plan, index)
     again = replays(plan.segments)
     if again:
         lines.append(
@@ -79,8 +70,32 @@ def explain(plan: Plan) -> str:
     return "\n".join([*lines, _next(plan)])
 
 
+def _of_kind(plan: Plan, index: int) -> list[str]:
+    """What layers of a kind do not keep, and what for."""
+    spec, wanted = plan.kinds[index]
+    costs = activation_costs(spec, **plan.own_sizes, requires_grad=wanted)
+    like = f" like layer {plan.kind_of.index(index)}" if len(plan.kinds) > 1 else ""
+    lines = []
+    given_up = _given_up(plan, index)
+    for (name, action), layers in sorted(given_up.items(), key=lambda item: -item[1]):
+        cost = costs[name]
+        price = {
+            "recompute": f"{1e3 * cost.recompute:,.2f} ms of a backward pass",
+            "offload": f"{1e3 * cost.offload:,.2f} ms of the link in each direction",
+            "fp8": "rounded gradients",
+        }[action]
+        frees = format_bytes(cost.bytes / 2 if action == "fp8" else cost.bytes)
+        lines.append(
+            f"{name} is {DONE[action]} in {_layers(layers)}{like}: that frees {frees} a layer for "
+            f"{price}."
+        )
+    return lines
+
+
 def _next(plan: Plan) -> str:
     """What one layer's share of the kept bytes less would change."""
+    if plan.strategy == "manual":
+        return "What would go next is the user's business: the plan is manual."
     budget = plan.kept_bytes - max(1, plan.kept_bytes // plan.num_layers)
     try:
         other = plan.within(budget=max(0, budget))

@@ -13,6 +13,7 @@ from backfuse.blocks.ops import SAVE_OPS
 from backfuse.blocks.parallel import parallelize
 from backfuse.blocks.planner.plan import Plan, apply, plan
 from backfuse.blocks.planner.ranks import plan_on_all_ranks
+from backfuse.blocks.planner.step import ModelSpec
 from backfuse.blocks.policy import NAMED_POLICIES, Policy
 from backfuse.blocks.spec import BlockSpec
 from backfuse.blocks.stack import BlockStack
@@ -27,6 +28,7 @@ __all__ = [
     "BlockStack",
     "Flops",
     "LoRA",
+    "ModelSpec",
     "PatchReport",
     "Plan",
     "Policy",

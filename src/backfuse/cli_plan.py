@@ -24,7 +24,10 @@ def add(commands: Any) -> None:
     for name in SIZES:
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, help="of a block, instead of a shape")
-    parser.add_argument("--layers", type=int, required=True, help="how many")
+    parser.add_argument(
+        "--config", type=Path, metavar="PATH", help="a Hugging Face config.json, instead of a shape"
+    )
+    parser.add_argument("--layers", type=int, help="how many (default: as --config says)")
     parser.add_argument("--seq-len", type=int, required=True, help="tokens of a sequence")
     parser.add_argument("--batch-size", type=int, default=1, help="sequences (default: 1)")
     parser.add_argument("--device", required=True, help="e.g. h200, a100, mi300x, cpu")
@@ -33,9 +36,20 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--peak-budget", metavar="64GiB", help="bytes of that and of what backward rebuilds"
     )
+    whole = parser.add_argument_group("a whole step, whose peak --peak-budget then limits")
+    whole.add_argument("--vocab-size", type=int, help="of embedding and head (or as --config says)")
+    whole.add_argument("--tied", action="store_true", help="one table for embedding and head")
+    whole.add_argument("--optimizer", help="adamw (the default), adamw8bit, sgd, none")
+    whole.add_argument("--world-size", type=int, help="of fully sharded data parallelism")
+    whole.add_argument("--in-flight", type=int, help="micro-batches of a pipeline")
+    whole.add_argument(
+        "--loss-tokens", type=int, help="tokens whose logits exist at a time (default: all)"
+    )
     parser.add_argument("--host-budget", metavar="200GiB", help="bytes kept on the host")
     parser.add_argument(
-        "--strategy", default="optimal", help="optimal (the default), uniform, sqrt, recursive"
+        "--strategy",
+        default="optimal",
+        help="optimal (the default), uniform, sqrt, recursive, chain, selective",
     )
     parser.add_argument(
         "--allow", type=names, default=("recompute", "offload"), metavar="A,B",
