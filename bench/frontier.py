@@ -143,7 +143,7 @@ def draw(
         _panel(axes, setting)
         for name, (kib, extra) in (points or {}).items():
             axes.plot(kib, 100 * extra, "D", color="#5b8c3a", markersize=5, zorder=3)
-            place = {"checkpoint": (7, 13), "this plan": (-4, -14)}.get(name, (7, 3))
+            place = {"checkpoint": (32, 3), "this plan": (-4, -14)}.get(name, (7, 3))
             axes.annotate(
                 name, (kib, 100 * extra), textcoords="offset points", xytext=place, fontsize=9,
             )  # fmt: skip

@@ -133,6 +133,7 @@ _COMPILED = {
     )
 }
 
+
 def _of_model(
     summary: str, problem: Callable[[Case], Problem], package: str = "transformers"
 ) -> Operation:

@@ -26,16 +26,15 @@ from typing import Any
 import pandas as pd
 import torch
 
-from backfuse.blocks.devices import Device, free_bytes
+from backfuse.blocks.devices import Device
 from backfuse.blocks.devices import device as device_named
-from backfuse.blocks.keep import INPUT
 from backfuse.blocks.lora import Adapters, AdaptersLike, parse_adapters
-from backfuse.blocks.memory import wanted_set
 from backfuse.blocks.policy import ACTIVATION_NAMES, KEEP, Policy
 from backfuse.blocks.spec import BlockSpec, choose
 from backfuse.blocks.stack import BlockStack, Segments, layers_in, parse_segments
 
 from . import plan_file, words
+from .arguments import budget_bytes, specs_of, wanted_by
 from .byte_sizes import parse_bytes
 from .choices import Choice, check_allow, layer_choice, segment_choice
 from .optimal import BudgetError, Limits, Mix
@@ -44,9 +43,6 @@ from .search import FULL, Manual, manual, search
 from .step import Event, Fixed, LayerBytes, ModelSpec, fixed, layer_bytes, timeline
 
 STRATEGIES = ("optimal", "uniform", "sqrt", "recursive", "chain", "selective", "manual")
-
-#: Share of the memory that is free which `"auto"` takes: the rest is for what fragments.
-AUTO_SHARE = 0.9
 
 #: Tokens or sequences beyond which `Plan.max_seq_len` and `max_batch_size` do not look.
 MOST = 2**24
@@ -430,11 +426,11 @@ def plan(
         TypeError: for a spec, budget, dtype or names that are none.
         ValueError: for sizes, names, strategies, devices, dtypes or actions that do not exist.
     """
-    specs = _specs(spec, num_layers)
+    specs = specs_of(spec, num_layers)
     layers = len(specs)
     where = device if isinstance(device, Device) else device_named(device)
     limits = {
-        name: None if value is None else _bytes(name, value, where)
+        name: None if value is None else budget_bytes(name, value, where)
         for name, value in zip(Limits._fields, (budget, peak_budget, host_budget), strict=True)
     }
     own = parse_adapters(specs[0], adapters)
@@ -452,58 +448,11 @@ def plan(
     return search(
         Plan(
             specs=specs, batch_size=batch_size, seq_len=seq_len, dtype=dtype,
-            requires_grad=_wanted(specs, requires_grad, own), device=where,
+            requires_grad=wanted_by(specs, requires_grad, own), device=where,
             strategy=strategy, allow=tuple(allow), **limits,
             policies=said, segments=parts, model=model, adapters=own,
         )
     )  # fmt: skip
-
-
-def _specs(spec: object, num_layers: int | None) -> tuple[BlockSpec, ...]:
-    if isinstance(spec, Sequence) and spec and all(isinstance(s, BlockSpec) for s in spec):
-        if num_layers not in (None, len(spec)):
-            raise ValueError(f"num_layers is {num_layers!r}, expected the specs' {len(spec)}")
-        if len({one.hidden_size for one in spec}) > 1:
-            raise ValueError("spec holds blocks of several hidden sizes, expected one")
-        return tuple(spec)
-    if not isinstance(spec, BlockSpec):
-        raise TypeError(
-            f"spec is a {type(spec).__name__}, expected a BlockSpec, or one a layer; that of a "
-            "Hugging Face model is BlockSpec.from_config(model.config)"
-        )
-    if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
-        raise ValueError(f"num_layers is {num_layers!r}, expected a positive integer")
-    return (spec,) * num_layers
-
-
-def _wanted(
-    specs: Sequence[BlockSpec], requires_grad: Any, adapters: Adapters
-) -> tuple[tuple[str, ...], ...]:
-    """Names for each layer, its input's among them where that wants a gradient."""
-    one_each = (
-        isinstance(requires_grad, Sequence) and not isinstance(requires_grad, str)
-        and len(requires_grad) > 0 and not any(isinstance(name, str) for name in requires_grad)
-    )  # fmt: skip
-    each = requires_grad if one_each else [requires_grad] * len(specs)
-    if len(each) != len(specs):
-        raise ValueError(f"requires_grad holds {len(each)}, expected one a layer ({len(specs)})")
-    found: list[tuple[str, ...]] = []
-    for index, (spec, own) in enumerate(zip(specs, each, strict=True)):
-        wanted = wanted_set(spec, own, adapters)
-        said = not isinstance(own, bool) and INPUT in own
-        flows = said or (any(found) if index else bool(wanted))
-        wanted = wanted | {INPUT} if flows else wanted - {INPUT}
-        found.append(tuple(sorted(wanted)))
-    return tuple(found)
-
-
-def _bytes(name: str, value: int | str, where: Device) -> int:
-    """A budget: bytes, or those that `"auto"` finds."""
-    if value != "auto":
-        return parse_bytes(name, value)
-    if name == "host_budget":
-        raise ValueError("host_budget is 'auto', expected bytes: what is free changes with the day")
-    return int(AUTO_SHARE * free_bytes(where))
 
 
 def apply(stack: BlockStack, plan: Plan) -> tuple[list[Policy], list[Segments]]:

@@ -180,10 +180,13 @@ def _selective(start: Plan) -> Iterator[Plan]:
     worth = []
     for index, (spec, wanted) in enumerate(start.kinds):
         costs = activation_costs(spec, **start.own_sizes, requires_grad=wanted)
+        kept = start.priced(index, 1, KEEP).kept
         for name in ("qkv", "attn_out", "mid", "preact"):
-            cost = costs[name]
-            if cost.bytes:
-                value = cost.bytes / cost.recompute if cost.recompute else float("inf")
+            # what goes with it as well: attn_out's LSE
+            freed = kept - start.priced(index, 1, replace(KEEP, **{name: "recompute"})).kept
+            seconds = costs[name].recompute
+            if freed > 0:
+                value = freed / seconds if seconds else float("inf")
                 worth += [(-value, i, name) for i, k in enumerate(start.kind_of) if k == index]
     policies = [KEEP] * start.num_layers
     yield replace(start, policies=tuple(policies), segments=(1,) * start.num_layers)

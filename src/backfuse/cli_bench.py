@@ -222,6 +222,30 @@ def _overhead(args: argparse.Namespace) -> int:
     return overhead.run(**{name: value for name, value in vars(args).items() if name != "run"})
 
 
+def _add_plans(subjects: Any) -> None:
+    parser = subjects.add_parser(
+        "plans",
+        help="steps of a stack under its plans, against checkpoints, at equal bytes on the CPU",
+        description="At each budget of kept bytes: the plan of every strategy, and PyTorch's "
+        "checkpoint around every k-th layer, steps interleaved.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--shape", default="small-512", help="see `backfuse bench list`")
+    parser.add_argument("--layers", type=int, default=8, help="how many")
+    parser.add_argument("--seq-len", type=int, default=1024, help="tokens")
+    parser.add_argument("--budgets", type=int, default=8, help="how many")
+    parser.add_argument("--rounds", type=int, default=7, help="steps that are timed of each")
+    parser.add_argument("--compiled", action="store_true", help="the compiler's budgets as well")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write CSV and picture there")
+    parser.set_defaults(run=_plans)
+
+
+def _plans(args: argparse.Namespace) -> int:
+    from backfuse.bench import plans
+
+    return plans.run(**{name: value for name, value in vars(args).items() if name != "run"})
+
+
 def _add_static(subjects: Any) -> None:
     parser = subjects.add_parser(
         "static",
@@ -279,6 +303,7 @@ OTHERS = {
     "list": _add_list,
     "overhead": _add_overhead,
     "performance": _add_performance,
+    "plans": _add_plans,
     "report": _add_report,
     "static": _add_static,
 }
