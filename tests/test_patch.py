@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import backfuse
 from backfuse import NAMED_POLICIES, Policy, kept_bytes, patch, plan, rope_cos_sin, unpatch
-from backfuse.blocks.adapters import patched, verify
+from backfuse.blocks.adapters import calls, patched, verify
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +166,35 @@ def test_budget_and_plan():
         patch(make_model("mixtral"), budget=keep, **sizes)
 
 
+def test_a_budget_counts_what_is_trained():
+    """With LoRA on frozen weights the plan is of what their gradients read."""
+    peft = pytest.importorskip("peft")
+    sizes = {"batch_size": 2, "seq_len": 40}
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
+    model = peft.get_peft_model(make_model("llama"), config)
+    patch(model, "keep")
+    layer = model.base_model.model.model.layers[0]
+    weights, adapters = calls.weights_of(layer, layer._backfuse.recipe)
+    trained = [name for name, weight in weights.items() if weight.requires_grad]
+    assert len(trained) == 4
+    need = 2 * sum(
+        kept_bytes(
+            layer._backfuse.recipe.spec, "keep", adapters=dict(adapters),
+            requires_grad=[*trained, "hidden_states"], **sizes,
+        ).values()
+    )  # fmt: skip
+    assert {row.policy for row in patch(model, budget=need, **sizes)} == {NAMED_POLICIES["keep"]}
+    assert {row.policy for row in patch(model, budget=need - 1, **sizes)} != {
+        NAMED_POLICIES["keep"]
+    }
+    layer.self_attn.v_proj = layer.self_attn.v_proj.base_layer
+    with pytest.raises(ValueError, match="the layers have unlike adapters"):
+        patch(model, budget=need, **sizes)
+    layer.mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="layers.0 runs its own forward for now: mlp has a hook"):
+        patch(model, budget=need, **sizes)
+
+
 def test_copies_and_pickles_are_patched_and_their_own():
     model = make_model("llama")
     patch(model, "lean")
@@ -189,9 +218,10 @@ def test_save_and_load(tmp_path):
     assert same_bits(bits(loaded.train()), bits(model))
 
 
-def test_generate_runs_the_layers_own_forward(own):
-    model = make_model("llama").eval()
-    ids = batch("llama")["input_ids"][:, :7]
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "gpt_neox", "mixtral"])
+def test_generate_runs_the_layers_own_forward(family, own):
+    model = make_model(family).eval()
+    ids = batch(family)["input_ids"][:, :7]
     expected = model.generate(ids, max_new_tokens=9, do_sample=False)
     patch(model)
     assert torch.equal(model.generate(ids, max_new_tokens=9, do_sample=False), expected)
@@ -315,6 +345,9 @@ def test_attentions_that_are_asked_for_are_the_models(own):
     own.clear()
     assert model(**inputs, use_cache=False, output_hidden_states=True).attentions is None
     assert not own  # transformers leaves its hooks behind
+    model.config.output_attentions = True  # asked for without a word to the layers
+    ours = model(**inputs, use_cache=False).attentions
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True)) and len(own) == 2
 
 
 def test_another_attention_implementation_is_noticed(own):

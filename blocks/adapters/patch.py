@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from backfuse.blocks.devices import DEVICES, Device, measure_cpu
 from backfuse.blocks.inputs import check_chunk_size, check_impl, check_offload_dir
 from backfuse.blocks.keep import INPUT
+from backfuse.blocks.lora import Adapters
 from backfuse.blocks.planner.plan import Plan
 from backfuse.blocks.planner.plan import plan as make_plan
 from backfuse.blocks.policy import Policy, PolicyLike
 
 from .attributes import NotUnderstood
+from .calls import OwnForward, weights_of
 from .norms import is_norm
 from .patched import State, obstacle, original_class, state_of, swap, unswap
 from .projections import projection
@@ -292,9 +294,18 @@ def _planned(
     assert batch_size is not None and seq_len is not None
     _check_whole(known, "budget")
     wanted: list[set[str]] = []
+    beside: set[Adapters] = set()
     for name, recipe in known.items():
-        own = dict(model.get_submodule(name).named_parameters())
-        wanted.append({n for n, p in recipe.names.items() if p in own and own[p].requires_grad})
+        try:
+            weights, adapters = weights_of(model.get_submodule(name), recipe)
+        except OwnForward as reason:
+            raise ValueError(
+                f"budget is given, and {name} runs its own forward for now: {reason}; give policy"
+            ) from reason
+        wanted.append({name for name, weight in weights.items() if weight.requires_grad})
+        beside.add(adapters)
+    if len(beside) > 1:
+        raise ValueError("budget is given, and the layers have unlike adapters: give policy")
     wanted[0].add(INPUT)  # what comes before the layers may be trained
     sample = next(model.get_submodule(next(iter(known))).parameters())
     return make_plan(
@@ -305,6 +316,7 @@ def _planned(
         device=_device(sample) if device is None else device,
         dtype=sample.dtype,
         requires_grad=wanted,
+        adapters=dict(beside.pop()),
     )
 
 
