@@ -15,6 +15,7 @@ from backfuse.blocks.costs import block_costs
 from backfuse.blocks.planner.chain import UNITS, chain
 from backfuse.blocks.planner.choices import Choice
 from backfuse.blocks.planner.optimal import BudgetError
+from backfuse.blocks.planner.plan import MOST
 from backfuse.blocks.policy import ACTIVATION_NAMES, KEEP, NAMED_POLICIES
 
 LLAMA = FAMILIES["llama"]
@@ -231,6 +232,7 @@ def test_how_long_and_how_many(strategy):
         assert make_plan(**options, **{name: most}).kept_bytes <= budget
         with pytest.raises(BudgetError):
             make_plan(**options, **{name: most + 1})
+    assert make_plan(share=0.5).max_batch_size() == MOST  # all is offloaded
     with pytest.raises(ValueError, match="expected one of them"):
         plan.max_seq_len()
     with pytest.raises(BudgetError):
