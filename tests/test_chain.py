@@ -220,7 +220,7 @@ def test_unlike_layers_in_files_and_mistakes(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["optimal", "sqrt"])
-def test_how_long_and_how_many(strategy):
+def test_how_long_and_how_many(strategy, monkeypatch):
     plan = make_plan(strategy=strategy, allow=("recompute",))
     budget = 100_000
     for name, most in (
@@ -231,6 +231,8 @@ def test_how_long_and_how_many(strategy):
         assert make_plan(**options, **{name: most}).kept_bytes <= budget
         with pytest.raises(BudgetError):
             make_plan(**options, **{name: most + 1})
+    monkeypatch.setattr("backfuse.blocks.planner.plan.MOST", 8)
+    assert plan.max_batch_size(budget=10 * budget) == 8
     with pytest.raises(ValueError, match="expected one of them"):
         plan.max_seq_len()
     with pytest.raises(BudgetError):

@@ -284,7 +284,7 @@ class Plan:
         return search(replace(self, **limits))
 
     def max_seq_len(self, **budgets: int | str | None) -> int:
-        """The longest sequences for which there is such a plan; it is made anew for each length.
+        """The longest sequences, up to `MOST`, for which there is such a plan, made anew for each.
 
         Args:
             budgets: `budget`, `peak_budget`, `host_budget`; those not named stay.
@@ -317,6 +317,8 @@ class Plan:
         low, high = 1, 2
         while high <= MOST and fits(high):
             low, high = high, 2 * high
+        if high > MOST:  # where all can be offloaded nothing on the device ends it
+            return low
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
