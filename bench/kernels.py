@@ -127,7 +127,9 @@ def _median(values: Sequence[float]) -> float:
     return Spread.of(values or [math.nan]).median
 
 
-def measure_cases(results: Results, sizes: Sizes, rounds: int, deadline: float = math.inf) -> None:
+def measure_cases(
+    results: Results, sizes: Sizes, rounds: int, deadline: float = math.inf
+) -> None:
     """Checks and times every case; one that fails or is wrong says so in its row.
 
     Args:

@@ -223,3 +223,5 @@ def needs_plain_rope(case: Case) -> str | None:
 def needs_half(case: Case) -> str | None:
     """FlashAttention takes 16-bit operands."""
     return needs_gpu(case) if case.torch_dtype.itemsize == 2 else "takes bf16 and fp16 only"
+
+

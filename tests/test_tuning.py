@@ -150,6 +150,7 @@ def small(monkeypatch):
         monkeypatch.setitem(CONFIGS[kernel], "sm_80", configs)
 
 
+
 @pytest.mark.parametrize("fused_ms, strategy", [(2.9, "fused"), (3.5, "split")])
 def test_the_fastest_wins(small, monkeypatch, fused_ms, strategy):
     # Under the interpreter tiles of other shapes give other bits: here that is not the question.

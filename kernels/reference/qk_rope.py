@@ -102,7 +102,9 @@ def qk_rope_forward(
     for source, target, weight in zip(sources, targets, (q_weight, k_weight), strict=True):
         if weight is not None:
             lines = _lines(source, spec)
-            normed = norm_forward(lines, weight, None, spec.norm, _statistics(lines), lines.dtype)
+            normed = norm_forward(
+                lines, weight, None, spec.norm, _statistics(lines), lines.dtype
+            )
             source = target.copy_(normed.view(target.shape))
         heads = source.unflatten(-1, (-1, spec.head_dim))
         into = heads if source is target else target.unflatten(-1, (-1, spec.head_dim))
