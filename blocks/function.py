@@ -38,6 +38,7 @@ from .lora import (
 )
 from .offload import line
 from .policy import KEEP, Policy, PolicyLike
+from .remember import remembered
 from .replay import effective_policies, operators_matter
 from .run import Gradients, Kept, Layer, RunJob, wanted_names
 from .spec import BlockSpec, check_spec
@@ -277,6 +278,10 @@ class HalfJob:
         return dx, grads.take()
 
 
+#: The same job for the same question: what it reads is found once.
+_half_job = remembered(HalfJob)
+
+
 def _half(
     half: str,
     shapes: Mapping[str, tuple[int, ...]],
@@ -303,7 +308,7 @@ def _half(
     kind = "attention" if half == "attn" else "ffn"
     [parsed] = effective_policies([parsed], kind=kind) or [KEEP]
     wanted = wanted_names(hidden_states, weights)
-    job = HalfJob(call, half, tuple(weights), wanted, parsed, own)
+    job = _half_job(call, half, tuple(weights), wanted, parsed, own)
     return run_job(job, inputs, hidden_states, list(weights.values()))
 
 
