@@ -140,7 +140,10 @@ def test_rounds_where_the_reference_rounds(case, dtypes):
     ours, theirs = (
         ops.norm_apply(x, statistics, weight, bias, spec, dtypes[2]) for ops in (norm, reference)
     )
-    assert torch.equal(ours, theirs)
+    if reference._is_librarys(x, weight, spec):  # finds its own statistics; nothing is rounded
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("case", ["everything", "layernorm"])
