@@ -220,7 +220,7 @@ def measure(
             policies[name] = policy
     place = torch.device("cpu" if where.name == "cpu" else "cuda")
     with (
-        torch.random.fork_rng(devices=[] if place.type == "cpu" else None),
+        torch.random.fork_rng([] if place.type == "cpu" else [torch.cuda.current_device()]),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(place.type, enabled=False),
