@@ -14,7 +14,7 @@ from backfuse.blocks.planner.byte_sizes import format_bytes
 from backfuse.blocks.planner.optimal import BudgetError
 
 from .frontier import Setting, draw
-from .options import DTYPES, choose, require
+from .options import DTYPES, choose, default_device, require
 from .shapes import ALL_SHAPES
 
 
@@ -147,7 +147,8 @@ def run(
     loss_tokens: int | None,
     seq_len: int,
     batch_size: int,
-    device: str,
+    device: str | None,
+    profile: bool,
     dtype: str | None,
     budget: str | None,
     peak_budget: str | None,
@@ -173,7 +174,8 @@ def run(
         loss_tokens: see vocab_size.
         seq_len: tokens a sequence.
         batch_size: sequences.
-        device: its name.
+        device: its name; None: this machine's, with `profile`.
+        profile: see `plan`.
         dtype: a key of `DTYPES`; None: bf16, on a CPU fp32.
         budget: see `plan`; so `peak_budget`, `host_budget`, `strategy` and `allow`.
         peak_budget: see budget.
@@ -191,7 +193,8 @@ def run(
         ValueError: for what `plan` refuses, and unknown names.
         OSError: if a file cannot be written.
     """
-    name = dtype or ("fp32" if device == "cpu" else "bf16")
+    on_cpu = default_device() == "cpu" if device is None else device == "cpu"
+    name = dtype or ("fp32" if on_cpu else "bf16")
     choose("dtype", name, DTYPES)
     found: dict[str, Any] = {}
     if config is not None:
@@ -210,7 +213,7 @@ def run(
     made = plan(
         specs, model=model, batch_size=batch_size, seq_len=seq_len, budget=budget,
         peak_budget=peak_budget, host_budget=host_budget, strategy=strategy, allow=allow,
-        device=device, dtype=DTYPES[name],
+        device=device, profile=profile, dtype=DTYPES[name],
     )  # fmt: skip
     print(f"{table(made)}\n\n{made.explain()}")
     print("\n".join(scaled(made)))

@@ -15,6 +15,8 @@ Attention is counted by the scores that are visible, half of them where it is ca
 the diagonal compute beyond that is not in it. Copies to the host run beside the kernels: their
 seconds are of the link, and no part of a pass. Dropout costs nothing here, and what is kept in
 eight bits is read and written as if it had sixteen.
+
+On a `ProfiledDevice` each part takes what arithmetic says times what was measured of its like.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from .keep import block_needs, block_reads
 from .lora import Adapters, AdaptersLike, parse_adapters
 from .memory import check_dtype, check_sizes, host_bytes, kept_bytes, wanted_set
 from .policy import ACTIVATION_NAMES, Policy, PolicyLike
+from .profiled import ProfiledDevice
 from .spec import BlockSpec, check_spec
 
 #: Kept tensors that share the fate of an activation of another name.
@@ -219,6 +222,7 @@ def block_costs(
         "batch_size": batch_size, "seq_len": seq_len, "dtype": dtype,
         "requires_grad": requires_grad, "adapters": adapters,
     }  # fmt: skip
+    factors = where.factors(spec) if isinstance(where, ProfiledDevice) else None
     own = parse_adapters(spec, adapters)
     wanted = wanted_set(spec, requires_grad, own)
     tokens = batch_size * seq_len
@@ -228,6 +232,8 @@ def block_costs(
     def part(phase: str, name: str, flops: int, elements: int) -> Part:
         traffic = elements * dtype.itemsize
         seconds = max(flops / where.matmul_rate, traffic / where.memory_bandwidth)
+        if factors is not None:
+            seconds *= factors.of(phase, name, parsed)
         return Part(phase, name, flops, traffic, seconds)
 
     parts = [

@@ -132,12 +132,13 @@ def measure_cpu(dtype: torch.dtype) -> Device:
     Args:
         dtype: of the GEMM's operands.
     """
-    x, w = (torch.randn(1024, 1024, dtype=dtype) for _ in range(2))
+    own = torch.Generator().manual_seed(0)  # the caller's numbers stay as they would be
+    x, w = (torch.randn(1024, 1024, dtype=dtype, generator=own) for _ in range(2))
     product = torch.empty_like(x)
-    matmul = _fastest(lambda: torch.mm(x, w, out=product))
+    matmul = fastest(lambda: torch.mm(x, w, out=product))
     source = torch.zeros(64 * MIB, dtype=torch.uint8)
     target = torch.empty_like(source)
-    copy = _fastest(lambda: target.copy_(source))
+    copy = fastest(lambda: target.copy_(source))
     bandwidth = 2 * source.numel() / copy  # read once, written once
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Device(
@@ -146,18 +147,35 @@ def measure_cpu(dtype: torch.dtype) -> Device:
     )  # fmt: skip
 
 
+def device_at(place: torch.device, dtype: torch.dtype) -> Device | None:
+    """The entry of the table for a place of this machine; None for a GPU that is not in it.
+
+    Args:
+        place: a CPU's is measured on the spot.
+        dtype: of what it multiplies there.
+    """
+    if place.type == "cpu":
+        return measure_cpu(dtype)
+    named = torch.cuda.get_device_name(place).lower() if place.type == "cuda" else ""
+    return next((row for row in DEVICES.values() if row.name.replace("-", " ") in named), None)
+
+
+def is_here(where: Device) -> bool:
+    """Whether the device is this machine's CPU, or by its name the current GPU."""
+    if where.name == "cpu":
+        return True
+    here = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+    return where.name.replace("-", " ") in here
+
+
 def free_bytes(where: Device) -> int:
     """Bytes that are free on the device now; of one that is not here, its memory."""
     if where.name == "cpu":
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if torch.cuda.is_available():
-        here = torch.cuda.get_device_name().lower()
-        if where.name.replace("-", " ") in here:
-            return torch.cuda.mem_get_info()[0]
-    return where.memory
+    return torch.cuda.mem_get_info()[0] if is_here(where) else where.memory
 
 
-def _fastest(function: Callable[[], object]) -> float:
+def fastest(function: Callable[[], object]) -> float:
     """Seconds of the fastest of some calls, within a quarter of a second; the first is not timed.
 
     A shared machine only ever makes a call slower.

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import tempfile
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from .cache import cache_folder
 from .configs import CONFIGS, Config, architecture, choose, fits, table_of
 from .launch import Layout, forget_plans, planned
 from .reference.attention_request import AttentionRequest
@@ -134,12 +134,7 @@ class Tuning:
 
 def cache_file() -> Path:
     """Where records are kept."""
-    folder = os.environ.get("BACKFUSE_CACHE")
-    base = Path(folder) if folder else Path("~/.cache/backfuse")
-    try:
-        return base.expanduser() / "tuning.json"
-    except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir(), f"backfuse-{os.getuid()}", "tuning.json")
+    return cache_folder() / "tuning.json"
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backfuse.blocks.devices import DEVICES, Device, measure_cpu
+from backfuse.blocks.devices import DEVICES, Device, device_at
 from backfuse.blocks.inputs import check_chunk_size, check_impl, check_offload_dir
 from backfuse.blocks.keep import INPUT
 from backfuse.blocks.lora import Adapters
@@ -322,13 +322,11 @@ def _planned(
 
 def _device(sample: Tensor) -> Device:
     """The entry of the table for where a parameter is."""
-    if sample.device.type == "cpu":
-        return measure_cpu(sample.dtype)
-    named = torch.cuda.get_device_name(sample.device).lower() if sample.is_cuda else ""
-    for name, entry in DEVICES.items():
-        if name.replace("-", " ") in named:
-            return entry
-    raise ValueError(
-        f"device is None and the model is on {sample.device} ({named or 'unknown'}), expected one "
-        f"of {', '.join(DEVICES)}, or a Device"
-    )
+    entry = device_at(sample.device, sample.dtype)
+    if entry is None:
+        named = torch.cuda.get_device_name(sample.device) if sample.is_cuda else "unknown"
+        raise ValueError(
+            f"device is None and the model is on {sample.device} ({named}), expected one of "
+            f"{', '.join(DEVICES)}, or a Device"
+        )
+    return entry

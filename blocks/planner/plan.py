@@ -38,6 +38,7 @@ from .arguments import budget_bytes, specs_of, wanted_by
 from .byte_sizes import parse_bytes
 from .choices import Choice, check_allow, layer_choice, segment_choice
 from .optimal import BudgetError, Limits, Mix
+from .profile import device_here, profiled
 from .scratch import default_chunk
 from .search import FULL, Manual, manual, search
 from .step import Event, Fixed, LayerBytes, ModelSpec, fixed, layer_bytes, timeline
@@ -58,7 +59,7 @@ class Plan:
         seq_len: tokens a sequence.
         dtype: of everything.
         requires_grad: names of what wants a gradient, for each layer.
-        device: where, as the cost model sees it.
+        device: where, as the cost model sees it; a `ProfiledDevice` if its layers were timed.
         strategy: how the plan was made.
         allow: actions beside `keep` that it may use.
         budget: bytes that may be kept on the device; None for any number.
@@ -388,7 +389,8 @@ def plan(
     strategy: str = "optimal",
     policies: Manual | None = None,
     allow: Collection[str] = ("recompute", "offload"),
-    device: Device | str,
+    device: Device | str | None = None,
+    profile: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     requires_grad: bool | Collection[str] | Sequence[bool | Collection[str]] = True,
     adapters: AdaptersLike | None = None,
@@ -396,7 +398,8 @@ def plan(
 ) -> Plan:
     """What each layer of a stack keeps, so that it is within the budgets and takes little time.
 
-    Costs come from arithmetic and a table of devices: nothing is run, and no GPU is needed.
+    Costs come from arithmetic and a table of devices: nothing is run, and no GPU is needed. With
+    `profile` they come from real layers that are run here, once (see `profile.py`).
 
     Args:
         spec: each layer; or a sequence, one a layer.
@@ -414,7 +417,10 @@ def plan(
             `{0: "keep", "layers.[1-3]": "lean"}` (the first that names a layer counts; layers that
             none names keep everything). `allow` does not matter then.
         allow: actions beside `keep`: `recompute`, `offload`, and `fp8`, which changes gradients.
-        device: its name in `blocks/devices.py`, or a `Device`.
+        device: its name in `blocks/devices.py`, or a `Device`; with `profile` it has to be this
+            machine's, and may be None: the current GPU, else the CPU.
+        profile: whether costs are measured on the device. What was measured before, with the same
+            versions, layers and sizes, is read from `$BACKFUSE_CACHE/profiles`.
         dtype: of everything.
         requires_grad: names of what wants a gradient in each layer (see `kept_bytes`); or a
             sequence of such, one a layer. Beside layers that name `hidden_states`, the input of the
@@ -430,7 +436,12 @@ def plan(
     """
     specs = specs_of(spec, num_layers)
     layers = len(specs)
-    where = device if isinstance(device, Device) else device_named(device)
+    if profile:
+        where = device_here(device, dtype)
+    elif device is None:
+        raise ValueError("device is None, expected its name or a Device; None is for profile=True")
+    else:
+        where = device if isinstance(device, Device) else device_named(device)
     limits = {
         name: None if value is None else budget_bytes(name, value, where)
         for name, value in zip(Limits._fields, (budget, peak_budget, host_budget), strict=True)
@@ -447,14 +458,17 @@ def plan(
     parts: tuple[Segments, ...] = (1,) * layers
     if policies is not None:
         said, parts = manual(policies, layers)
-    return search(
-        Plan(
-            specs=specs, batch_size=batch_size, seq_len=seq_len, dtype=dtype,
-            requires_grad=wanted_by(specs, requires_grad, own), device=where,
-            strategy=strategy, allow=tuple(allow), **limits,
-            policies=said, segments=parts, model=model, adapters=own,
-        )
+    start = Plan(
+        specs=specs, batch_size=batch_size, seq_len=seq_len, dtype=dtype,
+        requires_grad=wanted_by(specs, requires_grad, own), device=where,
+        strategy=strategy, allow=tuple(allow), **limits,
+        policies=said, segments=parts, model=model, adapters=own,
     )  # fmt: skip
+    if profile:
+        search(start)  # what cannot be met is refused before anything runs
+        sizes: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len, "dtype": dtype}
+        start = replace(start, device=profiled(specs, where, **sizes))
+    return search(start)
 
 
 def apply(stack: BlockStack, plan: Plan) -> tuple[list[Policy], list[Segments]]:

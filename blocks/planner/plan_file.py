@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from backfuse.blocks.devices import Device
 from backfuse.blocks.lora import LoRA, parse_adapters
 from backfuse.blocks.memory import DTYPES
 from backfuse.blocks.policy import Policy
+from backfuse.blocks.profiled import Factors, ProfiledDevice
 from backfuse.blocks.spec import BlockSpec
 from backfuse.blocks.stack import Segments
 
@@ -56,6 +57,25 @@ def _tuples(part: Any) -> Segments:
     return tuple(_tuples(inner) for inner in part) if isinstance(part, list) else part
 
 
+def _device_content(where: Device) -> dict[str, Any]:
+    content = {f.name: getattr(where, f.name) for f in fields(Device)}
+    content["dtypes"] = [_dtype_name(dtype) for dtype in where.dtypes]
+    if isinstance(where, ProfiledDevice):
+        content["blocks"] = [{"spec": s.given, "factors": asdict(f)} for s, f in where.blocks]
+    return content
+
+
+def _device(content: Mapping[str, Any]) -> Device:
+    given = dict(content)
+    given["dtypes"] = tuple(_dtype(name) for name in given["dtypes"])
+    if "blocks" not in given:
+        return Device(**given)
+    given["blocks"] = tuple(
+        (BlockSpec(**one["spec"]), Factors(**one["factors"])) for one in given["blocks"]
+    )
+    return ProfiledDevice(**given)
+
+
 def write(path: Path, plan: Plan) -> None:
     """Writes the file, or leaves what was there.
 
@@ -67,7 +87,7 @@ def write(path: Path, plan: Plan) -> None:
         **{name: getattr(plan, name) for name in (*PLAIN, *BUDGETS, *NUMBERS)},
         "dtype": _dtype_name(plan.dtype),
         "allow": list(plan.allow),
-        "device": asdict(plan.device) | {"dtypes": [_dtype_name(d) for d in plan.device.dtypes]},
+        "device": _device_content(plan.device),
         "kinds": [{"spec": spec.given, "requires_grad": wanted} for spec, wanted in plan.kinds],
         "kind_of": plan.kind_of,
         "model": None if plan.model is None else asdict(plan.model),
@@ -93,8 +113,6 @@ def fields_of(content: Any) -> dict[str, Any]:
         raise TypeError(f"the file holds a {type(content).__name__}, expected an object")
     if content["format"] != FORMAT:
         raise ValueError(f"format is {content['format']!r}, expected {FORMAT}")
-    device = dict(content["device"])
-    device["dtypes"] = tuple(_dtype(name) for name in device["dtypes"])
     kinds = [(BlockSpec(**kind["spec"]), tuple(kind["requires_grad"])) for kind in content["kinds"]]
     if not all(isinstance(k, int) and 0 <= k < len(kinds) for k in content["kind_of"]):
         raise ValueError(f"kind_of is {content['kind_of']}, expected indices of kinds")
@@ -107,7 +125,7 @@ def fields_of(content: Any) -> dict[str, Any]:
         "dtype": _dtype(content["dtype"]),
         "allow": tuple(content["allow"]),
         "requires_grad": tuple(wanted for _, wanted in own),
-        "device": Device(**device),
+        "device": _device(content["device"]),
         "specs": tuple(spec for spec, _ in own),
         "model": None if content["model"] is None else ModelSpec(**content["model"]),
         "policies": tuple(Policy(**policy) for policy in content["policies"]),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from backfuse.blocks.costs import activation_costs
 from backfuse.blocks.policy import ACTIVATION_NAMES
+from backfuse.blocks.profiled import ProfiledDevice
 
 from .byte_sizes import format_bytes
 from .optimal import BudgetError
@@ -29,6 +30,15 @@ def _given_up(plan: Plan, kind: int | None = None) -> Counter[tuple[str, str]]:
     )
 
 
+def _source(plan: Plan) -> str:
+    """Where the seconds come from."""
+    if not isinstance(plan.device, ProfiledDevice):
+        return "By arithmetic"
+    sizes = {(f.batch_size, f.seq_len): None for _, f in plan.device.blocks}
+    timed = " and ".join(f"{batch} x {tokens:,} tokens" for batch, tokens in sizes)
+    return f"By a profile of these layers (timed with {timed})"
+
+
 def summary(plan: Plan) -> str:
     """Totals, in two sentences."""
     tokens = f"{plan.batch_size} x {plan.seq_len:,} tokens in {str(plan.dtype)[6:]}"
@@ -40,8 +50,8 @@ def summary(plan: Plan) -> str:
     return (
         f"{plan.num_layers} layers on {plan.device.name}, {tokens}: {kept} kept on the device of "
         f"{everything}, {host} on the host; at most {peak} {of}. "
-        f"By arithmetic a step takes {1e3 * plan.seconds:,.1f} ms, {plan.overhead:.2%} longer than "
-        "with everything kept."
+        f"{_source(plan)} a step takes {1e3 * plan.seconds:,.1f} ms, {plan.overhead:.2%} longer "
+        "than with everything kept."
     )
 
 

@@ -30,7 +30,10 @@ def add(commands: Any) -> None:
     parser.add_argument("--layers", type=int, help="how many (default: as --config says)")
     parser.add_argument("--seq-len", type=int, required=True, help="tokens of a sequence")
     parser.add_argument("--batch-size", type=int, default=1, help="sequences (default: 1)")
-    parser.add_argument("--device", required=True, help="e.g. h200, a100, mi300x, cpu")
+    parser.add_argument("--device", help="e.g. h200, a100, mi300x, cpu; not needed with --profile")
+    parser.add_argument(
+        "--profile", action="store_true", help="time the layers on this machine, once, instead"
+    )
     parser.add_argument("--dtype", help="default: bf16; fp32 on a CPU")
     parser.add_argument("--budget", metavar="60GiB", help="bytes kept on the device")
     parser.add_argument(
