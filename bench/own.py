@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -157,9 +158,9 @@ def needs_kernels(case: Case) -> str | None:
     return None
 
 
-def _stack(case: Case, layers: Any, policy: str) -> BlockStack:
+def _stack(case: Case, layers: Any, policy: str, offload_dir: Path | None = None) -> BlockStack:
     spec: BlockSpec = case.spec
-    mine = BlockStack(spec, len(layers), policy=policy, **case.factory)
+    mine = BlockStack(spec, len(layers), policy, offload_dir=offload_dir, **case.factory)
     for own, theirs in zip(mine.layers, layers, strict=True):
         for name, parameter in theirs.named_parameters():
             owner, _, leaf = name.rpartition(".")
@@ -167,9 +168,9 @@ def _stack(case: Case, layers: Any, policy: str) -> BlockStack:
     return mine
 
 
-def stack(problem: Problem, policy: str) -> Contender:
+def stack(problem: Problem, policy: str, offload_dir: Path | None = None) -> Contender:
     """`BlockStack`, on the very weights of the others."""
-    mine = _stack(problem.case, problem.module.layers, policy)
+    mine = _stack(problem.case, problem.module.layers, policy, offload_dir)
     rotary = rotary_of(problem.module)
     return _contender(problem, partial(mine, position_embeddings=rotary), policy)
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backfuse import BlockSpec
+
 from .plain import rotary_of
 from .problem import Case, Contender, Named, Problem, Run
 
@@ -65,19 +67,24 @@ def liger_rope(problem: Problem, policy: str) -> Contender:
 def liger_mlp(problem: Problem, policy: str, kind: str, name: str) -> Contender:
     """One of Liger's MLPs on the shared weights; norm and residual by PyTorch."""
     half: Any = problem.module
-    spec = problem.case.spec
-    config = SimpleNamespace(
-        hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size, hidden_act="silu"
-    )
-    with torch.device("meta"):
-        mlp = getattr(importlib.import_module("liger_kernel.transformers"), kind)(config)
-    for part in ("gate_proj", "up_proj", "down_proj"):
-        getattr(mlp, part).weight = getattr(half.mlp, part).weight
+    mlp = liger_module(half.mlp, problem.case.spec, kind)
 
     def run(x: Tensor) -> Tensor:
         return x + mlp(half.post_attention_layernorm(x))
 
     return _contender(problem, name, run)
+
+
+def liger_module(shared: Any, spec: BlockSpec, kind: str) -> nn.Module:
+    """One of Liger's MLPs on the weights of another one."""
+    config = SimpleNamespace(
+        hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size, hidden_act="silu"
+    )
+    with torch.device("meta"):
+        mlp: nn.Module = getattr(importlib.import_module("liger_kernel.transformers"), kind)(config)
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        getattr(mlp, part).weight = getattr(shared, part).weight
+    return mlp
 
 
 def quack_norm(problem: Problem, policy: str) -> Contender:

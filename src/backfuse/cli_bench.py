@@ -246,6 +246,53 @@ def _plans(args: argparse.Namespace) -> int:
     return plans.run(**{name: value for name, value in vars(args).items() if name != "run"})
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    """The numbers of a list such as `4,8`."""
+    return tuple(int(number) for number in names(text))
+
+
+def _add_long(subjects: Any) -> None:
+    parser = subjects.add_parser(
+        "long",
+        help="device memory against the length of the sequence: bytes per token and layer",
+        description="Peak of forward and backward at several numbers of tokens and of layers, and "
+        "its slopes; checkpoints, tiled MLPs and inputs on the host among them. Bytes, no times.",
+    )
+    parser.add_argument(
+        "--shape",
+        help="see `backfuse bench list` (default: llama-3.2-1b on a GPU, small-64 on a CPU)",
+    )
+    parser.add_argument(
+        "--tokens", metavar="4k,8k",
+        help="of a sequence, two numbers or more (default: 4k to 64k on a GPU, to 16k on a CPU)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layers", type=_numbers, metavar="4,5",
+        help="two numbers or more (default: 4,5: fewer offload nothing)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", help="fp32, bf16, fp16 or fp64 (default: bf16 on a GPU, fp32 on a CPU)"
+    )
+    parser.add_argument(
+        "--provider", type=names, metavar="A,B", help="whom to measure (default: all)"
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--seed", type=int, help="of weights and inputs (default: 0)")
+    parser.add_argument("--threads", type=int, help="of PyTorch on a CPU (default: its own choice)")
+    parser.add_argument(
+        "--csv", type=Path, metavar="PATH",
+        help="append rows there; what is there already is not measured again",
+    )  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="write a picture (PNG) there")
+    parser.set_defaults(run=_long)
+
+
+def _long(args: argparse.Namespace) -> int:
+    from backfuse.bench import long
+
+    return long.run(**_given(args))
+
+
 def _add_static(subjects: Any) -> None:
     parser = subjects.add_parser(
         "static",
@@ -301,6 +348,7 @@ OTHERS = {
     "all": _add_all,
     "check": _add_check,
     "list": _add_list,
+    "long": _add_long,
     "overhead": _add_overhead,
     "performance": _add_performance,
     "plans": _add_plans,
