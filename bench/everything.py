@@ -50,6 +50,8 @@ def jobs(device: str) -> list[Setup]:
             job("attention-half", tokens="2k"),
             job("block", tokens="2k"),
             job("train", tokens="2k", layers=4),
+            job("model", tokens="2k", layers=4),
+            job("lora", tokens="2k", layers=4),
             job("stack", tokens="2k", layers=4),
         ]
     return [
@@ -61,6 +63,8 @@ def jobs(device: str) -> list[Setup]:
         job("rope", tokens="8k"),
         job("stack", tokens="8k", providers=FEW),
         job("train", tokens="8k"),
+        job("model", tokens="8k"),
+        job("lora", tokens="8k"),
         job("rope", shape=("qwen3-8b",), tokens="8k"),
         job("ffn", shape=("llama-3.2-1b", "qwen2.5-7b", "llama-3-70b"), tokens="8k"),
         *(cross_check_setup(case, device) for case in CROSS_CHECKS.values()),
