@@ -219,8 +219,9 @@ def norm_backward(
         dweight and dbias `[width]` in the statistics' dtype; None where not wanted.
     """
     if _is_librarys(x, weight, spec):
+        rstd, mean = (row.to(x.dtype).unsqueeze(-1) for row in statistics)
         grads = torch.ops.aten.native_layer_norm_backward(
-            dy.to(x.dtype), x, x.shape[-1:], statistics[1:].t(), statistics[:1].t(), weight, bias,
+            dy.to(x.dtype), x, x.shape[-1:], mean, rstd, weight, bias,
             (dx is not None, need_dweight, need_dbias),
         )  # fmt: skip
         if dx is not None:
