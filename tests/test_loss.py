@@ -127,6 +127,43 @@ def test_under_autocast():
         assert_as_good_as(name, a, b, c, eps)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1000])
+def test_sums_beyond_fp16(chunk_size):
+    """The mean's gradients fit fp16 where the sum's do not."""
+    hidden = (torch.randn(1, 9000, 16) * 3 + 10).half().requires_grad_()
+    weight = (torch.randn(32, 16) * 0.01).half().requires_grad_()
+    bias = torch.zeros(32, dtype=torch.float16, requires_grad=True)
+    labels = torch.zeros(1, 9000, dtype=torch.int64)
+    loss = linear_cross_entropy(hidden, weight, labels, bias=bias, chunk_size=chunk_size)
+    grads = torch.autograd.grad(loss, (hidden, weight, bias))
+    exact = plain(hidden, weight, bias, labels, torch.float64)[1]
+    same = plain(hidden, weight, bias, labels, torch.float16)[1]
+    eps = torch.finfo(torch.float16).eps
+    for name, mine, theirs, true in zip(
+        ("hidden", "weight", "bias"), grads, same, exact, strict=True
+    ):
+        assert mine.dtype == torch.float16
+        assert_as_good_as(name, mine, theirs, true, eps)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_graph_and_the_same_bits(reduction):
+    torch._dynamo.reset()
+    hidden, weight, bias, labels = problem()
+
+    def call(*parts):
+        return linear_cross_entropy(*parts, labels, bias=bias, reduction=reduction, chunk_size=32)
+
+    parts = hidden, weight
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(*parts)
+    expected = call(*parts)
+    assert torch.equal(compiled, expected)
+    found = torch.autograd.grad(compiled.sum(), (*parts, bias))
+    wanted = torch.autograd.grad(expected.sum(), (*parts, bias))
+    assert all(map(torch.equal, found, wanted))
+    torch._dynamo.reset()
+
+
 def test_a_gradient_of_a_gradient_is_refused():
     hidden, weight, _, labels = problem(bias=False)
     with pytest.raises(ValueError, match="create_graph is True, expected False"):

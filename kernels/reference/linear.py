@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: Asked now, for torch.compile does not trace the question.
+ONEDNN = torch.backends.mkldnn.is_available()
+
 
 def _onednn(x: Tensor) -> bool:
     """Whether oneDNN's fp32 GEMM is to be used, which PyTorch's `mm` does not choose on a CPU.
@@ -23,7 +26,7 @@ def _onednn(x: Tensor) -> bool:
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
+        and ONEDNN
         and bool(torch.backends.mkldnn.enabled)
     )
 
