@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler's own imports the compiler at once
 
+from .adapters.patched import state_of
 from .block import TransformerBlock
 from .call import Call, Inputs
 from .function import HalfJob, run_job
@@ -291,6 +292,12 @@ def parallelize(
         raise ValueError(f"mesh has {mesh.ndim} dimensions, expected 1: name one, as mesh['tp']")
     blocks = {n: part for n, part in module.named_modules() if isinstance(part, TransformerBlock)}
     if not blocks:
+        for name, part in module.named_modules():
+            if state_of(part) is not None:
+                raise ValueError(
+                    f"{name or 'module'} is a patched {type(part).__name__}, expected a "
+                    "TransformerBlock: a patched layer cannot be split over ranks"
+                )
         raise ValueError("module holds no TransformerBlock, expected at least one")
     splits = {}
     for path, block in blocks.items():
