@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import assert_as_good_as, held_bytes
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from backfuse import linear_cross_entropy
 from backfuse.bench.measure import allocator_trace
@@ -147,20 +149,28 @@ def test_sums_beyond_fp16(chunk_size):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_one_graph_and_the_same_bits(reduction):
+def test_one_graph(reduction):
+    """Of operators that Inductor lowers, which oneDNN's GEMM with a weight that learns is not."""
     torch._dynamo.reset()
+    graphs = []
+
+    def note(graph, _):
+        graphs.append(graph.code)
+        return make_boxed_func(graph.forward)
+
     hidden, weight, bias, labels = problem()
 
     def call(*parts):
         return linear_cross_entropy(*parts, labels, bias=bias, reduction=reduction, chunk_size=32)
 
     parts = hidden, weight
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(*parts)
+    compiled = torch.compile(call, fullgraph=True, backend=aot_autograd(fw_compiler=note))(*parts)
     expected = call(*parts)
-    assert torch.equal(compiled, expected)
+    torch.testing.assert_close(compiled, expected)
     found = torch.autograd.grad(compiled.sum(), (*parts, bias))
     wanted = torch.autograd.grad(expected.sum(), (*parts, bias))
-    assert all(map(torch.equal, found, wanted))
+    torch.testing.assert_close(found, wanted)
+    assert graphs and not any("mkldnn" in code for code in graphs)
     torch._dynamo.reset()
 
 

@@ -21,12 +21,14 @@ def _onednn(x: Tensor) -> bool:
 
     On the machines measured it is some 10 % faster than the default at a chunk's sizes (200
     against 180 GFLOP/s on two AVX-512 cores). It has no output argument, and transposed left
-    operands are slow in it: weight gradients stay with `mm`.
+    operands are slow in it: weight gradients stay with `mm`. A compiler that traces lowers it for
+    constant weights alone, and chooses the GEMM itself.
     """
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
         and ONEDNN
+        and not torch.compiler.is_compiling()
         and bool(torch.backends.mkldnn.enabled)
     )
 
