@@ -99,6 +99,8 @@ def parameter_modules(spec: BlockSpec, device: Any, dtype: Any) -> dict[str, nn.
 class TransformerBlock(nn.Module):
     """One transformer block that keeps for its backward pass what its policy says.
 
+    Its parts hold parameters and are never called: hooks on them do not run; those on the block do.
+
     Args:
         spec: what the block is.
         policy: a name (`keep`, `selective`, `lean`, `full`, `offload`), a mapping from activations

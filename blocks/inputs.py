@@ -52,8 +52,8 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-#: What is checked of a weight: shape, dtype, device.
-Layout = tuple[torch.Size, torch.dtype, torch.device]
+#: What is checked of a weight: shape, dtype, device, class.
+Layout = tuple[torch.Size, torch.dtype, torch.device, type[Tensor]]
 
 
 @remembered
@@ -67,8 +67,13 @@ def _check_layouts(
 ) -> None:
     """Raise unless weights fit; those that do are remembered, so that a training step asks once."""
     for name, shape, layout in zip(names, shapes, layouts, strict=True):
+        if hasattr(layout[3], "to_local"):
+            raise TypeError(
+                f"{name} is a {layout[3].__name__}, expected a whole tensor: shard the block (as "
+                "fully_shard(block) does), not its parts, which it never calls"
+            )
         if layout[0] != shape:
-            raise ValueError(f"{name} is {_told(*layout)}, expected the shape {list(shape)}")
+            raise ValueError(f"{name} is {_told(*layout[:3])}, expected the shape {list(shape)}")
         if layout[2] != device:
             raise ValueError(
                 f"{name} is on {layout[2]}, expected the device of hidden_states ({device})"
@@ -100,7 +105,8 @@ def check_weights(
     any of those that under autocast each may have: fp32, bf16 or fp16.
 
     Raises:
-        TypeError: for weights that are no mapping of tensors, or a dtype that does not fit.
+        TypeError: for weights that are no mapping of tensors, that are sharded, or of a dtype that
+            does not fit.
         ValueError: for a missing weight, a wrong shape or another device.
     """
     if not isinstance(weights, Mapping):
@@ -115,7 +121,7 @@ def check_weights(
         # Biases and norm weights of any stride: oneDNN misreads them, and kernels refuse them.
         # Autograd sees the copy, so that its gradient goes to whom it was made from.
         given[name] = weight.contiguous() if len(shape) == 1 else weight
-    layouts = tuple([(w.shape, w.dtype, w.device) for w in given.values()])
+    layouts = tuple([(w.shape, w.dtype, w.device, type(w)) for w in given.values()])
     _check_layouts(tuple(shapes), tuple(shapes.values()), layouts, x.dtype, x.device, call.autocast)
     return given
 

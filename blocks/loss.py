@@ -5,7 +5,7 @@
 
 | kept | recomputed | GEMMs |
 |---|---|---|
-| dx and dW, unscaled | nothing | 3 |
+| dx and dW, unscaled (dW in fp32 for fp16, whose range a sum may leave) | nothing | 3 |
 | x and W, for `reduction="none"` | logits | 4 |
 
 A scalar loss scales all its gradients alike, so the forward pass computes them while it has a
@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """`x` is `[tokens, h]`; the result is `[tokens]`, or one number."""
         wanted = ctx.needs_input_grad[:3]
         losses, grads = _walk(x, weight, bias, labels, valid, chunk_size, None if each else wanted)
-        ctx.each, ctx.chunk_size = each, chunk_size
+        ctx.each, ctx.chunk_size, ctx.dtype = each, chunk_size, x.dtype
         if each:
             ctx.save_for_backward(x, weight, bias, labels, valid)
             return losses
@@ -93,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             wanted = ctx.needs_input_grad[:3]
             _, grads = _walk(x, weight, bias, labels, valid, ctx.chunk_size, wanted, dloss)
         else:
-            grads = [g if g is None else (g * dloss).to(g.dtype) for g in ctx.saved_tensors]
+            grads = [g if g is None else (g * dloss).to(ctx.dtype) for g in ctx.saved_tensors]
         return *grads, None, None, None, None
 
 
@@ -108,6 +108,8 @@ def _walk(
     dlosses: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The losses of all tokens, and the gradients of x, weight and bias where they are wanted.
+
+    Gradients are in x's dtype, but those of weight and bias in fp32 for fp16 without `dlosses`.
 
     Args:
         x: `[tokens, h]`.
@@ -138,12 +140,14 @@ def _walk(
         if dx is not None:
             matmul_transposed(low, weight.t(), out=dx[rows])
         if need_dweight:
-            dweight = accumulate_outer(dweight, low, x[rows])
-    return losses, [
-        dx,
-        None if dweight is None else dweight.to(weight.dtype),
-        None if dbias is None or bias is None else dbias.to(bias.dtype),
-    ]
+            pair = low, x[rows]
+            if x.dtype == torch.float16 and not x.is_cuda:  # there a product is rounded to fp16
+                pair = grad, x[rows].float()
+            dweight = accumulate_outer(dweight, *pair)
+    # Sums over tokens that are to be scaled may lie beyond fp16.
+    wide = x.dtype == torch.float16 and dlosses is None
+    sums = (part if part is None or wide else part.to(x.dtype) for part in (dweight, dbias))
+    return losses, [dx, *sums]
 
 
 def linear_cross_entropy(
@@ -227,7 +231,8 @@ def _check(parts: dict[str, Tensor], labels: Tensor, ignore_index: int) -> None:
             raise ValueError(f"{name} is {_told(part)}, expected the device of hidden")
         if name != "labels" and part.dtype != hidden.dtype and not autocast:
             raise TypeError(f"{name} is {part.dtype}, expected hidden's {hidden.dtype}")
-    if labels.is_cpu:  # a GPU would have to be waited for
+    # A GPU would have to be waited for, and a trace has no labels to read.
+    if labels.is_cpu and not torch.compiler.is_compiling():
         wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= len(weight)))]
         if wrong.numel():
             raise ValueError(

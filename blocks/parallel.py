@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler's own imports the compiler at once
 
+from .adapters.patched import state_of
 from .block import TransformerBlock
 from .call import Call, Inputs
 from .function import HalfJob, run_job
@@ -143,6 +145,7 @@ class Parallel:
         for index, grad, total in zip(shared, given, sums, strict=True):
             grads[index] = total.view_as(grad).to(grad.dtype)
 
+    @_disable_dynamo
     def forward(self, block: TransformerBlock, hidden_states: Tensor, options: Any) -> Tensor:
         """What `TransformerBlock.forward` does, on this rank's part."""
         check_hidden_states(hidden_states, self.spec)
@@ -164,7 +167,7 @@ class Parallel:
             )
         weights = {name: part.to_local() for name, part in parts.items()}
         weights = check_weights(weights, self.spec.parameters(), hidden_states, call)
-        [policy] = effective_policies([block.policy]) or [KEEP]
+        [policy] = effective_policies([block.policy], kind=None) or [KEEP]
         halves = ("attn", self.spec.attention_parameters()), ("ffn", self.spec.ffn_parameters())
         for half, shapes in halves:
             named = {name: weights[name] for name in shapes}
@@ -265,7 +268,7 @@ def parallelize(
     Args:
         module: a `TransformerBlock`, a `BlockStack`, or a model of them. In a stack no layer can
             share a segment with others.
-        mesh: of one dimension. `fully_shard` comes after.
+        mesh: of one dimension; of one rank, the module stays as it is. `fully_shard` comes after.
         sequence_parallel: False: every rank has whole sequences, at every place.
 
     Returns:
@@ -289,6 +292,12 @@ def parallelize(
         raise ValueError(f"mesh has {mesh.ndim} dimensions, expected 1: name one, as mesh['tp']")
     blocks = {n: part for n, part in module.named_modules() if isinstance(part, TransformerBlock)}
     if not blocks:
+        for name, part in module.named_modules():
+            if state_of(part) is not None:
+                raise ValueError(
+                    f"{name or 'module'} is a patched {type(part).__name__}, expected a "
+                    "TransformerBlock: a patched layer cannot be split over ranks"
+                )
         raise ValueError("module holds no TransformerBlock, expected at least one")
     splits = {}
     for path, block in blocks.items():
@@ -298,6 +307,8 @@ def parallelize(
                 "comes before fully_shard, and once"
             )
         splits[path] = Parallel(mesh, local_spec(block.spec, mesh.size()), sequence_parallel)
+    if mesh.size() == 1:  # what a split refuses, one rank does as ever
+        return module
     for path, block in blocks.items():
         for name, parameter in list(block.named_parameters()):
             dimension = _dimension(name)

@@ -283,7 +283,10 @@ class Branch:
             y = y if self.scale is None else y * self.scale
             torch.add(residual, y, alpha=self.factor, out=out)
         elif not self.residual:
-            matmul_transposed(x, self.weight, self.bias, out)
+            if out.dtype == x.dtype:
+                matmul_transposed(x, self.weight, self.bias, out)
+            else:
+                out.copy_(matmul_transposed(x, self.weight, self.bias))
         else:
             linear_add(residual, x, self.weight, self.bias, out, self.factor)
             self._add_adapters(out, x, rows, self.factor)

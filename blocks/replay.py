@@ -38,8 +38,10 @@ def operators_matter() -> bool:
     return torch.compiler.is_compiling() or _selective_mode() is not None
 
 
-def _saves(mode: Any, kind: str) -> bool:
+def _saves(mode: Any, kind: str | None) -> bool:
     """Whether a selective checkpoint saves the operator that comes next, first or in the replay."""
+    if kind is None:
+        return False
     op = getattr(torch.ops.backfuse, f"{kind}_forward").default
     replays = isinstance(mode, _CachedTorchDispatchMode)
     if replays and not hasattr(mode, "policy_fn"):  # the first run has noted what it saved
@@ -53,7 +55,7 @@ def _saves(mode: Any, kind: str) -> bool:
     )
 
 
-def inside_checkpoint(kind: str = "block") -> bool:
+def inside_checkpoint(kind: str | None = "block") -> bool:
     """Whether an outer checkpoint will replay, or is replaying, the code that runs now.
 
     A non-reentrant checkpoint is seen by its saved-tensor hooks, in both runs. A reentrant one
@@ -62,7 +64,7 @@ def inside_checkpoint(kind: str = "block") -> bool:
     not known while it traces.
 
     Args:
-        kind: what runs, `"block"`, `"attention"` or `"ffn"`.
+        kind: what runs, `"block"`, `"attention"` or `"ffn"`; None: none of these operators.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
@@ -76,7 +78,7 @@ def inside_checkpoint(kind: str = "block") -> bool:
 
 
 def effective_policies(
-    policies: list[Policy], segments: bool = False, kind: str = "block"
+    policies: list[Policy], segments: bool = False, kind: str | None = "block"
 ) -> list[Policy] | None:
     """The policies to run under, or None where all layers are to keep everything.
 

@@ -217,8 +217,13 @@ class BlockStack(nn.Module):
         return list(self._segments)
 
     def _blocks(self) -> Iterator[TransformerBlock]:
-        for layer in self.layers:
-            assert isinstance(layer, TransformerBlock)
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, TransformerBlock):
+                raise TypeError(
+                    f"layers.{index} is a {type(layer).__name__}, expected a TransformerBlock: a "
+                    "stack reads its weights. In place of torch.compile(layer) call "
+                    "layer.compile(); in place of a checkpoint around it give it a policy"
+                )
             yield layer
 
     def forward(

@@ -6,8 +6,9 @@
         --tensor-parallel 2 --out runs/second        # and the same with --resume goes on
 
 `--policy` says what the blocks keep for their backward pass, or `--budget` how many bytes; either
-changes memory and time, and not one bit of the result. Every layer is sharded by FSDP2, in one
-process too. Ctrl-C or SIGTERM finishes the step at hand, saves a checkpoint and exits.
+changes memory and time, and not one bit of the result (only fp8 does: a resumed run has to repeat
+it). Every layer is sharded by FSDP2, in one process too. Ctrl-C or SIGTERM finishes the step at
+hand, saves a checkpoint and exits.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from backfuse import block_flops, kept_bytes, plan_on_all_ranks
 from backfuse.bench.options import check_positive, check_seed, writable_folder
 from backfuse.blocks.parallel import local_spec
+from backfuse.blocks.policy import FP8_NAMES, Policy
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,10 @@ class Config:
     def defining(self) -> dict[str, Any]:
         """The settings that decide what is learnt."""
         names = [field.name for field in fields(self)]
-        return {name: getattr(self, name) for name in names[: names.index("policy")]}
+        settings = {name: getattr(self, name) for name in names[: names.index("policy")]}
+        policy = Policy.parse("keep" if self.budget else self.policy)
+        lossy = [name for name in FP8_NAMES if getattr(policy, name) == "fp8"]
+        return settings | {"lossy": ", ".join(f"{name}=fp8" for name in lossy)}
 
     def check(self) -> None:
         """Raises a ValueError for numbers that cannot be trained with."""
@@ -201,6 +206,11 @@ class Trainer:
             loss.backward()
             total += loss.detach()
         norm = clip_gradients(list(self.model.parameters()), self.config.clip)
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"step {self.step + 1}: the gradient's norm is {norm}, expected a finite number; "
+                "weights and checkpoints are as the step before left them"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -271,7 +281,7 @@ class Trainer:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"resume: {path} is not a checkpoint of this script") from error
         mine = self.config.defining()
-        differing = [name for name in mine if saved.get(name) != mine[name]]
+        differing = [name for name in mine if saved.get(name, "") != mine[name]]
         changed = [f"{name} {saved.get(name)} -> {mine[name]}" for name in differing]
         if data != self.tokens.fingerprint:
             changed.append("the text")
@@ -396,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
     config = Config(**vars(parser.parse_args(argv)))
     try:
         return run(config)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"pretrain: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -3,7 +3,8 @@
 All give random pieces of a stream of tokens; every process draws the same ones from the same
 generator and keeps its share. Token shards are read through memory maps: they may be far larger
 than memory. Two layouts of a `.bin` file are understood: bare uint16 or uint32 ids, and those
-with llm.c's header of 256 int32 (magic 20240520, version, number of uint16 ids).
+with llm.c's header of 256 int32: magic, version, number of ids, and zeros. Its magic and version
+are 20240520 and 1 before uint16 ids, 20240801 and 7 before uint32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from torch import Tensor
 from backfuse.bench.data import VALIDATION_SHARE, VOCABULARY
 from backfuse.bench.data import load as load_text
 
-MAGIC, HEADER_BYTES = 20240520, 1024
+#: llm.c's headers: magic -> version, and the dtype of ids.
+HEADERS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
+HEADER_BYTES = 1024
+
+#: So many ids of a shard, evenly spaced, are in its fingerprint, beside 4,096 at each end.
+SAMPLES = 1024
 
 #: What a dataset's name begins with.
 DATASET = "hf:"
@@ -109,16 +115,22 @@ def _shard(path: Path, dtype: np.dtype) -> np.ndarray:
     """One file's ids, mapped."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        head = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4", count=min(size, 12) // 4)
+        head = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype="<i4")
     offset = 0
-    if len(head) == 3 and head[0] == MAGIC:
-        dtype, offset = np.dtype("<u2"), HEADER_BYTES
-        expected = HEADER_BYTES + 2 * int(head[2])
-        if head[1] != 1 or size != expected:
+    if int(head[0]) in HEADERS:
+        version, dtype = HEADERS[int(head[0])]
+        offset = HEADER_BYTES
+        expected = HEADER_BYTES + dtype.itemsize * int(head[2])
+        if head[1] != version or size != expected:
             raise ValueError(
                 f"data: {path} is {size} bytes (version {head[1]}), expected {expected} (version "
-                "1) as its header says: truncated or damaged"
+                f"{version}) as its header says: truncated or damaged"
             )
+    elif size >= HEADER_BYTES and head[:3].any() and not head[3:].any():
+        raise ValueError(
+            f"data: {path} begins with {head[0]} and zeros, expected ids, or a header with one of "
+            f"{', '.join(map(str, HEADERS))}: damaged, or of another kind"
+        )
     if not size or (size - offset) % dtype.itemsize:
         raise ValueError(
             f"data: {path} is {size} bytes, expected a positive multiple of {dtype.itemsize} "
@@ -142,6 +154,8 @@ def _shards(folder: Path, seq_len: int, vocabulary: int, dtype: np.dtype) -> Tok
         part = _shard(path, dtype)
         digest.update(f"{path.name} {part.dtype} {len(part)}".encode())
         digest.update(part[:4096].tobytes() + part[-4096:].tobytes())
+        if len(part):
+            digest.update(part[np.linspace(0, len(part) - 1, SAMPLES).astype(np.int64)].tobytes())
         parts.append(part)
     train, validation = parts[:-1], parts[-1:]
     if not train:

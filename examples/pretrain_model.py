@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from pretrain import Config
 
 
+#: What some models do to embeddings and logits, as a config.json says it -> where it does nothing.
+SCALES = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}
+
+
 @dataclass(frozen=True)
 class Shape:
     """What the model is: its blocks, how many, and the vocabulary."""
@@ -45,7 +49,8 @@ class Shape:
         """From a shape's name, a config.json or the sizes.
 
         Raises:
-            ValueError: for anything else, or a model that cannot be made of equal blocks.
+            ValueError: for anything else, a model that cannot be made of equal blocks, or one that
+                scales its embeddings or logits.
         """
         if not config.model:
             sizes = config.hidden_size, config.intermediate_size, config.heads, config.kv_heads
@@ -60,8 +65,17 @@ class Shape:
             specs = {BlockSpec.from_config(theirs, index) for index in range(layers)}
             if len(specs) > 1:
                 raise ValueError(f"model is {config.model}, expected one whose layers are alike")
+            [spec] = specs
+            found = {name: getattr(theirs, name, None) for name in SCALES}
+            found["norm_offset"] = spec.norm_offset  # Gemma, which scales its embeddings as well
+            for name, value in found.items():
+                if value is not None and value != (plain := SCALES.get(name, 0.0)):
+                    raise ValueError(
+                        f"model is {config.model}, whose {name} is {value}, expected {plain}: "
+                        "this script's embedding, last norm and head are plain"
+                    )
             vocabulary = config.vocabulary or theirs.vocab_size
-            shape = cls(specs.pop(), layers, vocabulary, bool(theirs.tie_word_embeddings))
+            shape = cls(spec, layers, vocabulary, bool(theirs.tie_word_embeddings))
         else:
             raise ValueError(
                 f"model is {config.model!r}, expected a config.json or one of "

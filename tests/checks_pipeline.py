@@ -104,7 +104,9 @@ def check_one_plan_for_all():
     for error, message, changes in (
         (BudgetError, "budget is 1 bytes, expected at least", {"budget": 1}),
         (ValueError, "rank 2: budget is", {"budget": "two" if rank == 2 else None}),
-        (ValueError, "strategy is 'best'", {"strategy": "best" if rank == 0 else "optimal"}),
+        (ValueError, "strategy is 'best'", {"strategy": "best"}),
+        (ValueError, "seq_len is 128 on rank 2 and 64", {"seq_len": 128 if rank == 2 else 64}),
+        (ValueError, "dtype is None on rank 1", {} if rank == 1 else {"dtype": torch.float16}),
     ):
         try:
             plan_on_all_ranks(SPEC, **{**sizes, "allow": ("recompute",), **changes})

@@ -8,8 +8,9 @@ from checks_sharded import TOKENS, held_bytes
 from families import assert_as_good_as
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from backfuse import BlockSpec, BlockStack, kept_bytes, parallelize
+from backfuse import SAVE_OPS, BlockSpec, BlockStack, kept_bytes, parallelize
 from backfuse.blocks import parallel
 from backfuse.blocks.parallel import local_spec
 
@@ -121,6 +122,50 @@ def check_low_precision():
         mine = mine.full_tensor() if index >= 2 else mine
         usual, true = (part(v, True) if index < 2 else v for v in (usual, true))
         assert_as_good_as(str(index), mine, usual, true, torch.finfo(low).eps)
+
+
+def check_under_autocast():
+    """The sum over ranks is in the input's dtype, whatever the products are in."""
+    low, (x, grad) = torch.bfloat16, inputs()
+    exact = expected(SPECS["llama"], torch.float64)
+    plain = make_stack(SPECS["llama"], "keep")
+    x.requires_grad_()
+    with torch.autocast("cpu", low):
+        out = plain(x)
+    out.backward(grad)
+    usual = [out.detach(), x.grad, *(p.grad for p in plain.parameters())]
+    for sequence_parallel in (True, False):
+        split = {"sequence_parallel": sequence_parallel}
+        stack = parallelize(make_stack(SPECS["llama"], "lean"), mesh()["tensor"], **split)
+        with torch.autocast("cpu", low):
+            found = results(stack, sequence_parallel)
+        for index, (mine, theirs, true) in enumerate(zip(found, usual, exact, strict=True)):
+            mine = mine.full_tensor() if index >= 2 else mine
+            theirs, true = (part(v, sequence_parallel) if index < 2 else v for v in (theirs, true))
+            assert mine.dtype == torch.float32
+            assert_as_good_as(str(index), mine, theirs, true, torch.finfo(low).eps)
+
+
+def check_compiled_layers_break_the_graph_and_keep_the_bits():
+    stack = parallelize(make_stack(SPECS["llama"]), mesh()["tensor"])
+    bits = [getattr(v, "_local_tensor", v).clone() for v in results(stack)]
+    stack.zero_grad()
+    for layer in stack.layers:
+        layer.compile(backend="aot_eager")
+    found = [getattr(v, "_local_tensor", v) for v in results(stack)]
+    assert all(map(torch.equal, found, bits))
+
+
+def check_selective_checkpoints_replay_a_split_block():
+    exact = expected(SPECS["llama"])
+    for saved in (SAVE_OPS, [torch.ops.aten.mm.default]):
+        stack = parallelize(make_stack(SPECS["llama"]), mesh()["tensor"])
+        contexts = functools.partial(create_selective_checkpoint_contexts, list(saved))
+        x, grad = (part(v, True) for v in inputs())
+        x.requires_grad_()
+        out = checkpoint(stack, x, use_reentrant=False, context_fn=contexts)
+        out.backward(grad)
+        assert_close([out.detach(), x.grad, *(p.grad for p in stack.parameters())], exact)
 
 
 def check_frozen_weights():

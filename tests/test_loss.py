@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import assert_as_good_as, held_bytes
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from backfuse import linear_cross_entropy
 from backfuse.bench.measure import allocator_trace
@@ -125,6 +127,51 @@ def test_under_autocast():
     for name, a, b, c in zip(("hidden", "weight", "bias"), mine, them, exact[1], strict=True):
         assert a.dtype == torch.float32
         assert_as_good_as(name, a, b, c, eps)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1000])
+def test_sums_beyond_fp16(chunk_size):
+    """The mean's gradients fit fp16 where the sum's do not."""
+    hidden = (torch.randn(1, 9000, 16) * 3 + 10).half().requires_grad_()
+    weight = (torch.randn(32, 16) * 0.01).half().requires_grad_()
+    bias = torch.zeros(32, dtype=torch.float16, requires_grad=True)
+    labels = torch.zeros(1, 9000, dtype=torch.int64)
+    loss = linear_cross_entropy(hidden, weight, labels, bias=bias, chunk_size=chunk_size)
+    grads = torch.autograd.grad(loss, (hidden, weight, bias))
+    exact = plain(hidden, weight, bias, labels, torch.float64)[1]
+    same = plain(hidden, weight, bias, labels, torch.float16)[1]
+    eps = torch.finfo(torch.float16).eps
+    for name, mine, theirs, true in zip(
+        ("hidden", "weight", "bias"), grads, same, exact, strict=True
+    ):
+        assert mine.dtype == torch.float16
+        assert_as_good_as(name, mine, theirs, true, eps)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_graph(reduction):
+    """Of operators that Inductor lowers, which oneDNN's GEMM with a weight that learns is not."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def note(graph, _):
+        graphs.append(graph.code)
+        return make_boxed_func(graph.forward)
+
+    hidden, weight, bias, labels = problem()
+
+    def call(*parts):
+        return linear_cross_entropy(*parts, labels, bias=bias, reduction=reduction, chunk_size=32)
+
+    parts = hidden, weight
+    compiled = torch.compile(call, fullgraph=True, backend=aot_autograd(fw_compiler=note))(*parts)
+    expected = call(*parts)
+    torch.testing.assert_close(compiled, expected)
+    found = torch.autograd.grad(compiled.sum(), (*parts, bias))
+    wanted = torch.autograd.grad(expected.sum(), (*parts, bias))
+    torch.testing.assert_close(found, wanted)
+    assert graphs and not any("mkldnn" in code for code in graphs)
+    torch._dynamo.reset()
 
 
 def test_a_gradient_of_a_gradient_is_refused():

@@ -253,6 +253,8 @@ def test_resume_refuses_what_is_not_its_own(pretrain, text, tmp_path, capsys):
     assert "--resume" in refused(pretrain, capsys, arguments(text, out))
     changed = arguments(text, out, "--resume", steps=1, layers=3)
     assert "layers 2 -> 3" in refused(pretrain, capsys, changed)
+    lossy = arguments(text, out, "--resume", steps=2, policy="preact=fp8, qkv=recompute")
+    assert "lossy  -> preact=fp8" in refused(pretrain, capsys, lossy)
     text.write_bytes(b"other text " * 300)
     other = arguments(text, out, "--resume", steps=1)
     assert "the text" in refused(pretrain, capsys, other)
@@ -364,6 +366,44 @@ def test_a_config_json_says_what_the_model_is(pretrain, text, tmp_path, capsys):
     LlamaConfig(**sizes, rope_parameters=scaled).save_pretrained(tmp_path)
     args = arguments(text, tmp_path / "other", steps=2, model=tmp_path / "config.json")
     assert "expected rotary embeddings that are not scaled" in refused(pretrain, capsys, args)
+
+
+def test_a_config_json_of_another_kind_of_model_is_refused(pretrain, tmp_path):
+    from transformers import Gemma2Config, GemmaConfig, GraniteConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+    for config, told in (
+        (GraniteConfig(**sizes, embedding_multiplier=12.0), "embedding_multiplier is 12.0"),
+        (GraniteConfig(**sizes, logits_scaling=8.0), "logits_scaling is 8.0, expected 1.0"),
+        (Gemma2Config(**sizes, layer_types=["full_attention"] * 2), "final_logit_softcapping is"),
+        (GemmaConfig(**sizes), "norm_offset is 1.0, expected 0.0"),
+    ):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=f"whose {told}"):
+            pretrain.Shape.of(pretrain.Config(model=str(tmp_path / "config.json")))
+    GraniteConfig(**sizes, embedding_multiplier=1.0, logits_scaling=1.0).save_pretrained(tmp_path)
+    pretrain.Shape.of(pretrain.Config(model=str(tmp_path / "config.json")))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_gradient_that_is_no_number_stops_before_the_step(
+    pretrain, text, tmp_path, capsys, monkeypatch, value
+):
+    out = tmp_path / "out"
+    train_step = pretrain.Trainer.train_step
+
+    def broken(trainer):
+        if trainer.step == 2:
+            hidden = trainer.model.norm
+            hidden.register_forward_hook(lambda _, __, y: y * float(value))
+        return train_step(trainer)
+
+    monkeypatch.setattr(pretrain.Trainer, "train_step", broken)
+    message = refused(pretrain, capsys, arguments(text, out, checkpoint_every=1))
+    assert "step 3: the gradient's norm is" in message
+    assert read(out)["step"] == 2
+    assert all(weight.isfinite().all() for weight in read(out)["model"].values())
 
 
 def test_documents_do_not_see_each_other(pretrain, text, tmp_path):

@@ -49,15 +49,28 @@ def test_one_shard_and_its_fingerprint(data, tmp_path):
     assert data.load(str(tmp_path), 5, vocabulary=400).fingerprint != tokens.fingerprint
 
 
-def with_header(ids, count=None, version=1):
+def test_the_fingerprint_sees_the_middle(data, tmp_path):
+    for name, seed in (("one", 0), ("other", 1)):
+        ids = np.zeros(30_000, dtype="<u2")
+        ids[5_000:25_000] = np.random.default_rng(seed).integers(0, 400, 20_000)
+        (tmp_path / name).mkdir()
+        ids.tofile(tmp_path / name / "a.bin")
+    one, other = (data.load(str(tmp_path / n), 5, vocabulary=400) for n in ("one", "other"))
+    assert one.fingerprint != other.fingerprint
+
+
+def with_header(ids, count=None, version=1, magic=20240520, dtype="<u2"):
     header = np.zeros(256, dtype="<i4")
-    header[:3] = 20240520, version, len(ids) if count is None else count
-    return header.tobytes() + ids.astype("<u2").tobytes()
+    header[:3] = magic, version, len(ids) if count is None else count
+    return header.tobytes() + ids.astype(dtype).tobytes()
 
 
-def test_header(data, tmp_path):
+@pytest.mark.parametrize(
+    "kind", [{}, {"magic": 20240801, "version": 7, "dtype": "<u4"}], ids=["gpt-2", "llama-3"]
+)
+def test_header(data, tmp_path, kind):
     ids = np.arange(100)
-    (tmp_path / "a.bin").write_bytes(with_header(ids))
+    (tmp_path / "a.bin").write_bytes(with_header(ids, **kind))
     tokens = data.load(str(tmp_path), 5, vocabulary=100)
     assert np.array_equal(np.concatenate([tokens.train[0], tokens.validation[0]]), ids)
 
@@ -71,6 +84,10 @@ def test_header(data, tmp_path):
         (with_header(np.arange(100))[:-2], {}, "1222 bytes .* expected 1224 .*truncated"),
         (with_header(np.arange(100), version=9), {}, "version 9"),
         (with_header(np.arange(100), count=-5), {}, "expected 1014"),
+        (with_header(np.arange(100))[:700], {}, "700 bytes .* expected 1224"),
+        (with_header(np.arange(100), magic=20240801), {}, "expected 1424 .version 7"),
+        (with_header(np.arange(100), magic=20240521), {}, "begins with 20240521 and zeros"),
+        (with_header(np.arange(100), magic=0), {}, "begins with 0 and zeros.*: damaged"),
         (np.arange(8, dtype="<u2").tobytes(), {}, "shard to train on has 2 tokens, expected at"),
         (b"ab" * 50, {"vocabulary": 0}, "vocabulary is 0, expected the number of ids"),
         (b"ab" * 50, {"token_dtype": "int8"}, "token_dtype is 'int8'"),

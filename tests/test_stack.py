@@ -207,3 +207,15 @@ def test_layers_with_hooks_are_called():
     handle.remove()
     assert same_bits(results(stack, x, grad), expected)
     assert seen == ["first", "first", "last", "last"]
+
+
+def test_a_layer_that_is_wrapped_is_named():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    x, _ = make_input(FAMILIES["llama"])
+    for wrap in (checkpoint_wrapper, torch.compile):
+        stack = make_stack(FAMILIES["llama"], 2)
+        stack.layers[1] = wrap(stack.layers[1])
+        kind = type(stack.layers[1]).__name__
+        with pytest.raises(TypeError, match=rf"layers.1 is a {kind}, .* layer.compile\(\)"):
+            stack(x)

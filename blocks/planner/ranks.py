@@ -21,8 +21,9 @@ def plan_on_all_ranks(
 ) -> Plan:
     """The same plan on every rank of a group: each of them has to call it.
 
-    A budget may differ between ranks: the least counts, and None counts for nothing. Everything
-    else is taken from the group's first rank.
+    A budget may differ between ranks: the least counts, and None counts for nothing. So may the
+    device, which is perhaps measured: the group's first rank's counts. Everything else has to be
+    the same.
 
     Args:
         spec: each layer.
@@ -30,8 +31,9 @@ def plan_on_all_ranks(
         options: see `plan`.
 
     Raises:
-        Exception: whatever `plan` raises on the first rank, and a wrong budget of any rank, on all
-            of them: none is left waiting.
+        ValueError: for an argument that differs between ranks, naming it.
+        Exception: whatever `plan` raises on the first rank, and a wrong budget of any rank. Any
+            error is raised on all of them: none is left waiting.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return plan(spec, **options)
@@ -39,6 +41,7 @@ def plan_on_all_ranks(
     try:
         given = {name: options.pop(name, None) for name in Limits._fields}
         mine = {n: None if v is None else parse_bytes(n, v) for n, v in given.items()}
+        mine["same"] = {n: _told(v) for n, v in {"spec": spec, **options}.items() if n != "device"}
     except (TypeError, ValueError) as error:
         mine = error
     everyones: list[Any] = [None] * dist.get_world_size(group)
@@ -46,6 +49,14 @@ def plan_on_all_ranks(
     for rank, budgets in enumerate(everyones):
         if isinstance(budgets, Exception):
             raise type(budgets)(f"rank {rank}: {budgets}")
+    first = everyones[0]["same"]
+    for rank, other in enumerate(everyones):
+        for name in {**first, **other["same"]}:
+            if (value := other["same"].get(name)) != first.get(name):
+                raise ValueError(
+                    f"{name} is {value} on rank {rank} and {first.get(name)} on rank 0, expected "
+                    "the same on all ranks"
+                )
     for name in Limits._fields:
         values = [budgets[name] for budgets in everyones if budgets[name] is not None]
         options[name] = min(values, default=None)
@@ -59,3 +70,10 @@ def plan_on_all_ranks(
     if isinstance(made[0], Exception):
         raise made[0]
     return made[0]
+
+
+def _told(value: object) -> str:
+    """What can be compared between processes: without addresses, and sets in order."""
+    if isinstance(value, set | frozenset):
+        return repr(sorted(value, key=repr))
+    return type(value).__name__ if type(value).__repr__ is object.__repr__ else repr(value)

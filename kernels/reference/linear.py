@@ -12,18 +12,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: Asked now, for torch.compile does not trace the question.
+ONEDNN = torch.backends.mkldnn.is_available()
+
 
 def _onednn(x: Tensor) -> bool:
     """Whether oneDNN's fp32 GEMM is to be used, which PyTorch's `mm` does not choose on a CPU.
 
     On the machines measured it is some 10 % faster than the default at a chunk's sizes (200
     against 180 GFLOP/s on two AVX-512 cores). It has no output argument, and transposed left
-    operands are slow in it: weight gradients stay with `mm`.
+    operands are slow in it: weight gradients stay with `mm`. A compiler that traces lowers it for
+    constant weights alone, and chooses the GEMM itself.
     """
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
+        and ONEDNN
+        and not torch.compiler.is_compiling()
         and bool(torch.backends.mkldnn.enabled)
     )
 
