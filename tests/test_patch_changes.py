@@ -66,8 +66,8 @@ def test_a_layer_in_the_middle_that_differs(kind):
     for number, layer in enumerate(model.model.layers):
         if kind is not None:
             unlike(kind, number, layer.mlp)
-    if kind is None:
-        model.model.layers[1].self_attn.scaling = torch.tensor(0.9)
+        else:
+            layer.self_attn.scaling = torch.tensor(0.9 if number == 1 else 8**-0.5)
     expected = model(IDS, use_cache=False).logits
     patch(model)
     torch.testing.assert_close(model(IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
@@ -124,3 +124,15 @@ def test_what_is_changed_in_a_layer_of_torch_is_seen():
     for one in (layer, twin):
         one.norm_first = True
     torch.testing.assert_close(layer(x), twin(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_on_all_modules_is_called():
+    model = llama()
+    patch(model)
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    try:
+        model(IDS, use_cache=False)
+    finally:
+        hook.remove()
+    assert model.model.layers[0].mlp.down_proj in seen

@@ -137,6 +137,8 @@ def weights_of(layer: nn.Module, recipe: Recipe) -> tuple[dict[str, Tensor], Ada
     Raises:
         OwnForward: if anything else happens in their modules.
     """
+    if nn.modules.module._has_any_global_hook():
+        raise OwnForward("all modules have a hook, which would not be called in its parts")
     parts = dict(_parts(layer, recipe.rest or ()))
     spec = recipe.spec
     drops = spec.attention_dropout or spec.residual_dropout or spec.activation_dropout

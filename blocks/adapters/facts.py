@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
-#: Path of a part -> its type, the names of its parameters, and its attributes.
-Facts = dict[str, tuple[type[nn.Module], tuple[str, ...], tuple[tuple[str, Any], ...]]]
+#: Path of a part -> its type, the names of its parameters, those of its attributes, their values.
+Facts = dict[str, tuple[type[nn.Module], tuple[str, ...], tuple[str, ...], tuple[Any, ...]]]
 
 SIMPLE = (int, float, str, FunctionType, BuiltinFunctionType, type(None))
 
@@ -70,13 +71,13 @@ def remember(layer: nn.Module, original: type[nn.Module]) -> Facts:
         kind = type(module) if path else original
         if kind.__module__.startswith("peft."):
             continue
-        simple = tuple(
-            (name, value)
+        simple = {
+            name: value
             for name, value in vars(module).items()
             if isinstance(value, SIMPLE) and not name.startswith("_")
             and name not in _IGNORED and not is_number(name)
-        )  # fmt: skip
-        facts[path] = kind, _present(module), simple
+        }  # fmt: skip
+        facts[path] = kind, _present(module), tuple(simple), tuple(simple.values())
     return facts
 
 
@@ -91,7 +92,7 @@ def change(layer: nn.Module, parts: Mapping[str, nn.Module], facts: Facts) -> st
         known = facts.get(path)
         if known is None:
             continue
-        kind, present, simple = known
+        kind, present, names, values = known
         if path and type(module) is not kind:
             if type(module).__module__.startswith("peft."):
                 continue
@@ -99,7 +100,9 @@ def change(layer: nn.Module, parts: Mapping[str, nn.Module], facts: Facts) -> st
         if _present(module) != present:
             return f"{path or 'it'} has the parameters {_present(module)}, had {present}"
         own = vars(module)
-        for name, value in simple:
+        if all(map(operator.is_, map(own.get, names), values)):  # nearly always, and quick
+            continue
+        for name, value in zip(names, values, strict=True):
             now = own.get(name)
             if now is not value and (type(now) is not type(value) or now != value):
                 return f"{path + '.' if path else ''}{name} is {now!r}, was {value!r}"
