@@ -17,6 +17,7 @@ from backfuse.blocks.lora import Adapters, LoRA
 from backfuse.blocks.spec import BlockSpec
 
 from .attributes import attribute, implementation
+from .facts import change
 from .peft import unwrap
 from .projections import projection
 from .recipe import Recipe
@@ -136,6 +137,8 @@ def weights_of(layer: nn.Module, recipe: Recipe) -> tuple[dict[str, Tensor], Ada
     Raises:
         OwnForward: if anything else happens in their modules.
     """
+    if nn.modules.module._has_any_global_hook():
+        raise OwnForward("all modules have a hook, which would not be called in its parts")
     parts = dict(_parts(layer, recipe.rest or ()))
     spec = recipe.spec
     drops = spec.attention_dropout or spec.residual_dropout or spec.activation_dropout
@@ -160,6 +163,8 @@ def weights_of(layer: nn.Module, recipe: Recipe) -> tuple[dict[str, Tensor], Ada
         if type(weight) not in (Tensor, nn.Parameter):
             raise OwnForward(f"{place}.{kind} is a {type(weight).__name__}")
         weights[name] = weight
+    if (changed := change(layer, parts, recipe.facts)) is not None:
+        raise OwnForward(f"{changed} when it was patched; patch again")
     return weights, tuple(adapters.items())
 
 

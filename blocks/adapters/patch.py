@@ -24,12 +24,13 @@ from backfuse.blocks.policy import Policy, PolicyLike
 
 from .attributes import NotUnderstood
 from .calls import OwnForward, weights_of
+from .facts import alike
 from .norms import is_norm
 from .patched import State, obstacle, original_class, state_of, swap, unswap
 from .projections import projection
 from .recipe import Recipe
 from .report import PatchedLayer, PatchReport
-from .verify import alike, understand
+from .verify import same_but_for_number, understand
 
 #: What a layer is taken to keep if nobody says.
 DEFAULT = "selective"
@@ -186,21 +187,32 @@ def _listed(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tupl
 def _read(layers: Sequence[tuple[str, nn.Module]]) -> dict[str, Recipe | str]:
     """The recipe of each layer by its name, or why there is none.
 
-    Of layers that are alike but for their weights and number, the first and the last are read; if
-    those do not come to the same, each is.
+    Of layers that are alike but for their weights and number, the first is read. Another is too, if
+    its number changes what is computed.
     """
     groups: dict[object, list[tuple[str, nn.Module]]] = {}
     for name, layer in layers:
         groups.setdefault(alike(layer, original_class(layer)), []).append((name, layer))
     read: dict[str, Recipe | str] = {}
     for group in groups.values():
-        ends = [_read_one(layer) for _, layer in dict.fromkeys((group[0], group[-1]))]
-        first, last = ends[0], ends[-1]
-        same = isinstance(first, Recipe) and isinstance(last, Recipe) and first.same(last)
-        for name, layer in group:
-            own = _own_obstacle(layer)
-            read[name] = own or (first if same or first == last else _read_one(layer))
+        inner = [layer for _, layer in group]
+        first = _read_one(inner[0])
+        if isinstance(first, Recipe):
+            shared = _same(inner, first)
+        else:
+            shared = [first == _read_one(inner[-1])] * len(inner)
+        for (name, layer), same in zip(group, shared, strict=True):
+            read[name] = _own_obstacle(layer) or (first if same else _read_one(layer))
     return read
+
+
+def _same(layers: Sequence[nn.Module], recipe: Recipe) -> list[bool]:
+    """Which of the layers, all alike, are run as the first of them is."""
+    first, *others = layers
+    try:
+        return [True, *same_but_for_number(first, others, recipe, original_class(first))]
+    except Exception:  # whatever somebody's module raises, each is read
+        return [True, *[False] * len(others)]
 
 
 def _own_obstacle(layer: nn.Module) -> str | None:

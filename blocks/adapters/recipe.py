@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 from torch import Tensor, nn
 
 from backfuse.blocks.spec import BlockSpec
+
+from .facts import Facts
 
 #: Largest difference that counts as rounding, as a share of what the layer adds to its input.
 ROUNDING = 5e-5
@@ -29,6 +31,7 @@ class Recipe:
             what reads that; None for a whole block.
         kind: whose layer it is: `"hf"` (called as those of transformers are), or of `torch.nn`:
             `"encoder"` or `"decoder"`.
+        facts: what its parts were when it was read.
     """
 
     spec: BlockSpec
@@ -40,6 +43,7 @@ class Recipe:
     implementation: str | None
     rest: tuple[str, str] | None = None
     kind: str = "hf"
+    facts: Facts = field(default_factory=dict)
 
     @cached_property
     def places(self) -> tuple[tuple[str, str, str], ...]:
@@ -50,7 +54,7 @@ class Recipe:
     def same(self, other: Recipe) -> bool:
         """Whether another layer is run in the same way."""
         return all(
-            getattr(self, field.name) == getattr(other, field.name) for field in fields(self)
+            getattr(self, one.name) == getattr(other, one.name) for one in fields(self)
         )
 
 
