@@ -101,6 +101,14 @@ def gradients(layer, x):
     return [y.detach(), *(p.grad for p in layer.parameters())]
 
 
+def nodes(y):
+    """Names of what autograd will run, back from y along the first inputs."""
+    node = y.grad_fn
+    while node is not None:
+        yield node.name()
+        node = node.next_functions[0][0] if node.next_functions else None
+
+
 @pytest.mark.parametrize(
     "layer", [Layer(), Layer(act=F.gelu), Timm(), Timm(scaled=True)], ids=range(4)
 )
@@ -109,7 +117,7 @@ def test_a_layer_of_no_known_family(layer):
     expected = gradients(layer, x)
     assert patch(layer, "lean")[0].status == "fused"
     ours = gradients(layer, x)
-    assert not torch.equal(ours[1], expected[1])  # a block's
+    assert any(node.startswith("RecomputeFunction") for node in nodes(layer(x)))  # a block's
     for a, b in zip(ours, expected, strict=True):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-6
 
