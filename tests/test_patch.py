@@ -517,6 +517,41 @@ def test_models_without_a_layer_that_is_understood():
         patch(nn.ModuleList([Odd()]))
 
 
+@pytest.mark.parametrize("kind", ["VeraConfig", "IA3Config"])
+def test_adapters_that_are_no_lora_are_reported(kind):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_model("llama"), config)
+    expected = step(model, batch("llama"))
+    report = patch(model)
+    assert [row.status for row in report] == ["skipped"] * 2
+    assert all("of PEFT's a block has LoRA alone" in row.reason for row in report)
+    ours = step(model, batch("llama"))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_a_cache_that_was_left_empty_is_warned_of_when_it_comes_again():
+    model, ids = make_model("llama").train(), batch("llama")["input_ids"]
+    patch(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        cache = model(ids[:, :3], use_cache=True).past_key_values
+    with pytest.warns(UserWarning, match="a second time that a patched layer left empty"):
+        model(ids[:, 3:], past_key_values=cache)
+
+
+def test_a_budget_offloads_nothing_of_a_model_on_a_cpu(tmp_path):
+    model = make_model("llama")
+    sizes = {"batch_size": 2, "seq_len": 16}
+    spec = backfuse.BlockSpec.from_config(model.config)
+    budget = 2 * sum(kept_bytes(spec, "full", dtype=torch.float32, **sizes).values())
+    assert not any(row.policy.offloads for row in patch(model, budget=budget, **sizes))
+    with pytest.raises(ValueError, match="budget"):
+        patch(model, budget=budget // 2, **sizes)
+    report = patch(model, budget=budget // 2, **sizes, offload_dir=tmp_path)
+    assert any(row.policy.offloads for row in report)
+
+
 def test_sharded_models_are_told_to_be_patched_first():
     class FSDPModule:
         pass

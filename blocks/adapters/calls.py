@@ -7,6 +7,7 @@ that is not known, a mask of another shape, a cache, a part with a hook that wou
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,7 +70,21 @@ def _unused_cache(layer: nn.Module, cache: Any) -> bool:
         return False
     length = getattr(cache, "get_seq_length", None)
     index = attribute(layer, ("layer_idx",), int)
-    return length is not None and index is not None and int(length(index)) == 0
+    if length is None or index is None or int(length(index)) != 0:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    left_empty = vars(cache).setdefault("_backfuse_left_empty", set())
+    if index in left_empty:
+        warnings.warn(
+            "a cache of keys and values comes a second time that a patched layer left empty: in "
+            "training nothing is cached (as under Hugging Face's checkpointing), so what stood "
+            "there before is not seen. Call the model in eval mode or under torch.no_grad() to "
+            "generate, or unpatch it",
+            stacklevel=2,
+        )
+    left_empty.add(index)
+    return True
 
 
 def _position(recipe: Recipe, position: Any) -> tuple[Tensor, Tensor] | None:

@@ -61,7 +61,8 @@ def patch(
         policy: one for all layers (see `TransformerBlock`), or a sequence with one for each layer
             that is fused or half fused; None: `"selective"`, or what budget or plan say.
         budget: bytes that all layers together may keep on the device, an integer or text
-            (`"40GiB"`): `backfuse.plan` chooses the policies, for `batch_size` and `seq_len`.
+            (`"40GiB"`): `backfuse.plan` chooses the policies, for `batch_size` and `seq_len`. It
+            offloads nothing of a model on a CPU, unless to `offload_dir`.
         plan: a plan of these layers, made before.
         batch_size: sequences in a step, for budget.
         seq_len: tokens a sequence, for budget.
@@ -91,6 +92,10 @@ def patch(
     layers = list(_layers(model))
     read = _read(layers)
     known = {name: recipe for name, recipe in read.items() if isinstance(recipe, Recipe)}
+    if not known and layers and all(_foreign_adapter(layer) for _, layer in layers):
+        rows = [PatchedLayer(n, original_class(m).__name__, "skipped", None, str(read[n]))
+                for n, m in layers]  # fmt: skip
+        return PatchReport(rows)
     if not known:
         told = "; ".join(f"{name or 'the model'}: {why}" for name, why in list(read.items())[:3])
         raise ValueError(
@@ -98,7 +103,8 @@ def patch(
             + (f" ({told})" if told else ": nothing in it has a norm and projections")
         )
     if budget is not None:
-        plan = _planned(model, known, budget, batch_size, seq_len, device)
+        files = options["offload_dir"] is not None
+        plan = _planned(model, known, budget, batch_size, seq_len, device, files)
     policies = _policies(known, policy, plan)
     rows = []
     for name, layer in layers:
@@ -219,6 +225,15 @@ def _own_obstacle(layer: nn.Module) -> str | None:
     """Why a layer cannot be patched whatever it is."""
     if "forward" in vars(layer):
         return "its forward was replaced on the instance (by hooks of accelerate, say)"
+    return _foreign_adapter(layer)
+
+
+def _foreign_adapter(layer: nn.Module) -> str | None:
+    """Which of PEFT's layers stands in it that is no LoRA, in words."""
+    for path, module in layer.named_modules():
+        place = type(module).__module__
+        if place.startswith("peft.tuners.") and not place.startswith("peft.tuners.lora"):
+            return f"{path} is a {place}.{type(module).__name__}; of PEFT's a block has LoRA alone"
     return None
 
 
@@ -296,6 +311,7 @@ def _planned(
     batch_size: int | None,
     seq_len: int | None,
     device: Device | str | None,
+    files: bool,
 ) -> Plan:
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value is None:
@@ -329,6 +345,8 @@ def _planned(
         dtype=sample.dtype,
         requires_grad=wanted,
         adapters=dict(beside.pop()),
+        # on a CPU what is offloaded to host memory is still there
+        allow=("recompute", "offload") if files or not sample.is_cpu else ("recompute",),
     )
 
 
