@@ -58,18 +58,8 @@ def _forward_step(
 ):  # fmt: skip
     """One block of keys: the running output, sums and maxima."""
     k_tile = load_rows(
-        k,
-        first_k,
-        col,
-        keys,
-        kv_head,
-        stride_kt,
-        stride_kh,
-        BLOCK_N,
-        BLOCK_D,
-        HEAD_DIM,
-        DESC,
-        VARLEN,
+        k, first_k, col, keys, kv_head, stride_kt, stride_kh,
+        BLOCK_N, BLOCK_D, HEAD_DIM, DESC, VARLEN,
     )  # [BLOCK_N, BLOCK_D]
     dots = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     scores, _ = score(dots, scale, softcap, SOFTCAP, PRECISION)
@@ -89,19 +79,8 @@ def _forward_step(
             seed, row, col, slice_number, threshold, keep_scale, SITE, BLOCK_M, BLOCK_N, False
         )
     v_tile = load_rows(
-        v,
-        first_k,
-        col,
-        keys,
-        kv_head,
-        stride_vt,
-        stride_vh,
-        BLOCK_N,
-        BLOCK_DV,
-        V_DIM,
-        DESC,
-        VARLEN,
-        MASKED,
+        v, first_k, col, keys, kv_head, stride_vt, stride_vh,
+        BLOCK_N, BLOCK_DV, V_DIM, DESC, VARLEN, MASKED,
     )  # [BLOCK_N, BLOCK_DV]
     acc = acc * shrink[:, None]
     acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
@@ -133,18 +112,8 @@ def attention_forward_kernel(
         kv_head = head // group
         offs_m = row + tl.arange(0, BLOCK_M)
         q_tile = load_rows(
-            q,
-            first,
-            row,
-            queries,
-            head,
-            stride_qt,
-            stride_qh,
-            BLOCK_M,
-            BLOCK_D,
-            HEAD_DIM,
-            DESC,
-            VARLEN,
+            q, first, row, queries, head, stride_qt, stride_qh,
+            BLOCK_M, BLOCK_D, HEAD_DIM, DESC, VARLEN,
         )  # [BLOCK_M, BLOCK_D]
         acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)

@@ -96,19 +96,8 @@ def _dkdv_step(
     mask_m = offs_m < queries
     place = (first + offs_m).to(tl.int64) if VARLEN else offs_m.to(tl.int64)
     q_tile = load_rows(
-        q,
-        first,
-        row,
-        queries,
-        head,
-        stride_qt,
-        stride_qh,
-        BLOCK_M,
-        BLOCK_D,
-        HEAD_DIM,
-        DESC,
-        VARLEN,
-        CLEAN,
+        q, first, row, queries, head, stride_qt, stride_qh,
+        BLOCK_M, BLOCK_D, HEAD_DIM, DESC, VARLEN, CLEAN,
     )  # [BLOCK_M, BLOCK_D]
     dots = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     seen = mask_m[None, :]
@@ -120,19 +109,8 @@ def _dkdv_step(
         dots, row_lse[None, :], scale, softcap, seen, SOFTCAP, CAUSAL or WINDOW, PRECISION
     )
     do_tile = load_rows(
-        dout,
-        first,
-        row,
-        queries,
-        head,
-        stride_dt,
-        stride_dh,
-        BLOCK_M,
-        BLOCK_DV,
-        V_DIM,
-        DESC,
-        VARLEN,
-        CLEAN,
+        dout, first, row, queries, head, stride_dt, stride_dh,
+        BLOCK_M, BLOCK_DV, V_DIM, DESC, VARLEN, CLEAN,
     )  # [BLOCK_M, BLOCK_DV]
     dweights = tl.dot(v_tile, do_tile.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     dropped = weights
@@ -175,32 +153,12 @@ def attention_dkdv_kernel(
     if col >= 0 if VARLEN else keys > 0:  # a block that there is
         offs_n = col + tl.arange(0, BLOCK_N)
         k_tile = load_rows(
-            k,
-            first_k,
-            col,
-            keys,
-            kv_head,
-            stride_kt,
-            stride_kh,
-            BLOCK_N,
-            BLOCK_D,
-            HEAD_DIM,
-            DESC,
-            VARLEN,
+            k, first_k, col, keys, kv_head, stride_kt, stride_kh,
+            BLOCK_N, BLOCK_D, HEAD_DIM, DESC, VARLEN,
         )
         v_tile = load_rows(
-            v,
-            first_k,
-            col,
-            keys,
-            kv_head,
-            stride_vt,
-            stride_vh,
-            BLOCK_N,
-            BLOCK_DV,
-            V_DIM,
-            DESC,
-            VARLEN,
+            v, first_k, col, keys, kv_head, stride_vt, stride_vh,
+            BLOCK_N, BLOCK_DV, V_DIM, DESC, VARLEN,
         )
         acc_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         acc_dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
@@ -260,19 +218,8 @@ def _dq_step(
 ):  # fmt: skip
     """One block of keys: adds to dQ."""
     k_tile = load_rows(
-        k,
-        first_k,
-        col,
-        keys,
-        kv_head,
-        stride_kt,
-        stride_kh,
-        BLOCK_N,
-        BLOCK_D,
-        HEAD_DIM,
-        DESC,
-        VARLEN,
-        MASKED,
+        k, first_k, col, keys, kv_head, stride_kt, stride_kh,
+        BLOCK_N, BLOCK_D, HEAD_DIM, DESC, VARLEN, MASKED,
     )  # [BLOCK_N, BLOCK_D]
     dots = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     offs_n = col + tl.arange(0, BLOCK_N)
@@ -285,18 +232,8 @@ def _dq_step(
         dots, row_lse[:, None], scale, softcap, seen, SOFTCAP, MASKED, PRECISION
     )
     v_tile = load_rows(
-        v,
-        first_k,
-        col,
-        keys,
-        kv_head,
-        stride_vt,
-        stride_vh,
-        BLOCK_N,
-        BLOCK_DV,
-        V_DIM,
-        DESC,
-        VARLEN,
+        v, first_k, col, keys, kv_head, stride_vt, stride_vh,
+        BLOCK_N, BLOCK_DV, V_DIM, DESC, VARLEN,
     )  # [BLOCK_N, BLOCK_DV]
     dweights = tl.dot(do_tile, v_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if DROPOUT:
@@ -337,32 +274,12 @@ def attention_dq_kernel(
         mask_m = offs_m < queries
         place = (first + offs_m).to(tl.int64) if VARLEN else offs_m.to(tl.int64)
         q_tile = load_rows(
-            q,
-            first,
-            row,
-            queries,
-            head,
-            stride_qt,
-            stride_qh,
-            BLOCK_M,
-            BLOCK_D,
-            HEAD_DIM,
-            DESC,
-            VARLEN,
+            q, first, row, queries, head, stride_qt, stride_qh,
+            BLOCK_M, BLOCK_D, HEAD_DIM, DESC, VARLEN,
         )
         do_tile = load_rows(
-            dout,
-            first,
-            row,
-            queries,
-            head,
-            stride_dt,
-            stride_dh,
-            BLOCK_M,
-            BLOCK_DV,
-            V_DIM,
-            DESC,
-            VARLEN,
+            dout, first, row, queries, head, stride_dt, stride_dh,
+            BLOCK_M, BLOCK_DV, V_DIM, DESC, VARLEN,
         )
         at_lse = row_offsets(place, head, batch, stride_lb, stride_lh, stride_lt)
         row_lse = _row_lse(lse, at_lse, mask_m)

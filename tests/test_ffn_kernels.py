@@ -135,10 +135,9 @@ def test_what_is_not_wanted_is_not_made():
     assert result == (None, None) and out.isfinite().all()
     preact = case.poisoned().zero_()
     out = case.poisoned()
-    assert fused.ffn_dact(case.dy, case.down, preact, "silu", True, out, need_hidden=False) == (
-        None,
-        None,
-    )
+    assert fused.ffn_dact(
+        case.dy, case.down, preact, "silu", True, out, need_hidden=False
+    ) == (None, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
