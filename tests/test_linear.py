@@ -3,7 +3,43 @@
 import pytest
 import torch
 
-from backfuse.kernels.reference.linear import accumulate_outer, linear, linear_backward_input
+from backfuse.kernels.reference import linear as module
+from backfuse.kernels.reference.linear import (
+    accumulate_outer,
+    linear,
+    linear_add,
+    linear_backward_input,
+)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_either_gemm_of_a_cpu(onednn, monkeypatch, poisoned_empty):
+    """Which one runs depends on the processor: both have to be right, into strided memory too."""
+    if onednn and not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch without oneDNN")
+    monkeypatch.setattr(module, "ONEDNN", onednn)
+    calls = []
+    pointwise = torch.ops.mkldnn._linear_pointwise if onednn else None
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda *args: calls.append(1) or pointwise(*args)
+    )
+    x, residual = torch.randn(7, 5), torch.randn(7, 8)
+    weights = [torch.randn(n, 5) for n in (3, 1, 4)]
+    biases = [torch.randn(3), None, torch.randn(4)]
+    wide = torch.full((7, 10), 7.0)
+    out = linear(x, weights, biases, wide[:, 1:9])
+    exact = x.double() @ torch.cat(weights).double().T
+    exact += torch.cat([biases[0], torch.zeros(1), biases[2]]).double()
+    torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
+    assert (wide[:, [0, 9]] == 7).all()
+    back = linear_backward_input(out, weights).double()
+    torch.testing.assert_close(
+        back, out.double() @ torch.cat(weights).double(), atol=1e-5, rtol=1e-5
+    )
+    added = linear_add(residual, x, torch.cat(weights), None, torch.empty(7, 8), 0.5)
+    exact = residual.double() + 0.5 * (x.double() @ torch.cat(weights).double().T)
+    torch.testing.assert_close(added.double(), exact, atol=1e-5, rtol=1e-5)
+    assert bool(calls) == onednn
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -78,7 +78,7 @@ def activation_backward(
     """The hidden again, and the gradient of the pre-activation.
 
     Args:
-        dhidden: `[rows, f]`; overwritten.
+        dhidden: `[rows, f]`; only read.
         preact: as in the forward pass; only read, unless `out` is the same tensor.
         kind: a key of `ACTIVATIONS`.
         gated: as in the forward pass.
@@ -96,8 +96,7 @@ def activation_backward(
     d_gate, d_up = out.chunk(2, -1)
     activated = act(gate)
     hidden = activated * up
-    activated.mul_(dhidden)
-    dhidden.mul_(up)
-    act_backward(dhidden, gate, grad_input=d_gate)
-    d_up.copy_(activated)
+    torch.mul(dhidden, up, out=d_up)  # d_up may be up, and is room for the gate's gradient first
+    act_backward(d_up, gate, grad_input=d_gate)
+    torch.mul(dhidden, activated, out=d_up)
     return hidden

@@ -7,20 +7,37 @@ one stacked weight is simply a list of length one.
     y = x W^T + b        dx = dy W        dW = dy^T x        db = sum over rows of dy
 """
 
+import platform
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-#: Asked now, for torch.compile does not trace the question.
-ONEDNN = torch.backends.mkldnn.is_available()
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def _is_intel() -> bool:
+    """Whether the processor is one that MKL, which `mm` calls, has its best code for."""
+    try:
+        text = CPUINFO.read_text()
+    except OSError:
+        text = platform.processor()
+    return "GenuineIntel" in text
+
+
+#: Asked now, for torch.compile does not trace the questions.
+ONEDNN = torch.backends.mkldnn.is_available() and not (
+    torch.backends.mkl.is_available() and _is_intel()
+)
 
 
 def _onednn(x: Tensor) -> bool:
     """Whether oneDNN's fp32 GEMM is to be used, which PyTorch's `mm` does not choose on a CPU.
 
-    On the machines measured it is some 10 % faster than the default at a chunk's sizes (200
-    against 180 GFLOP/s on two AVX-512 cores). It has no output argument, and transposed left
+    At a chunk's sizes it is some 10 % faster than MKL on an AMD processor (200 against 180 GFLOP/s
+    on two AVX-512 cores), and some 5 % slower on an Intel one (148 against 157 GFLOP/s on one),
+    where it is not used. It has no output argument, which costs a copy, and transposed left
     operands are slow in it: weight gradients stay with `mm`. A compiler that traces lowers it for
     constant weights alone, and chooses the GEMM itself.
     """

@@ -81,18 +81,16 @@ def rope(
     """
     rotary_dim = cos.shape[-1]
     high = accumulate_dtype(x.dtype)
-    cos1, cos2 = _pair(cos.to(high).unsqueeze(1), layout)
+    rotated = x[..., :rotary_dim].to(high)
+    first, second = _pair(rotated, layout)
     sin1, sin2 = _pair(sin.to(high).unsqueeze(1), layout)
-    first, second = _pair(x[..., :rotary_dim].to(high), layout)
     if transpose:
-        new_first = torch.addcmul(first * cos1, second, sin2)
-        new_second = torch.addcmul(second * cos2, first, sin1, value=-1)
-    else:
-        new_first = torch.addcmul(first * cos1, second, sin1, value=-1)
-        new_second = torch.addcmul(second * cos2, first, sin2)
-    out_first, out_second = _pair(out[..., :rotary_dim], layout)
-    out_first.copy_(new_first)
-    out_second.copy_(new_second)
+        sin1, sin2 = -sin2, -sin1
+    y = rotated * cos.to(high).unsqueeze(1)
+    new_first, new_second = _pair(y, layout)
+    new_first.addcmul_(second, sin1, value=-1)
+    new_second.addcmul_(first, sin2)
+    out[..., :rotary_dim].copy_(y)
     if out is not x and rotary_dim < x.shape[-1]:
         out[..., rotary_dim:].copy_(x[..., rotary_dim:])
     return out
