@@ -52,6 +52,7 @@ def jobs(device: str) -> list[Setup]:
             job("train", tokens="2k", layers=4),
             job("model", tokens="2k", layers=4),
             job("lora", tokens="2k", layers=4),
+            job("offload", tokens="2k", layers=5),
             job("stack", tokens="2k", layers=4),
         ]
     return [
@@ -65,6 +66,7 @@ def jobs(device: str) -> list[Setup]:
         job("train", tokens="8k"),
         job("model", tokens="8k"),
         job("lora", tokens="8k"),
+        job("offload", tokens="8k", layers=8),
         job("rope", shape=("qwen3-8b",), tokens="8k"),
         job("ffn", shape=("llama-3.2-1b", "qwen2.5-7b", "llama-3-70b"), tokens="8k"),
         *(cross_check_setup(case, device) for case in CROSS_CHECKS.values()),
@@ -78,7 +80,7 @@ def jobs(device: str) -> list[Setup]:
 
 def cross_check_setup(case: CrossCheck, device: str) -> Setup:
     """A cross-check as something to measure."""
-    layers = case.layers if case.op in ("ffn", "stack") else None
+    layers = case.layers if case.op in ("ffn", "stack", "offload") else None
     return Setup(
         case.op, shape=(case.shape,), tokens=str(case.batch_size * case.seq_len),
         batch_size=case.batch_size, layers=layers, modes=MODES, providers=case.providers,

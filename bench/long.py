@@ -16,13 +16,11 @@ documentation recommends for long sequences.
 
 from __future__ import annotations
 
-import copy
 import gc
 import importlib
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,9 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from backfuse.blocks.call import CHUNK_SIZE
-from backfuse.blocks.offload import Buffer, file_buffers
 
-from . import operations, own, peers
+from . import away, operations, own, peers
 from .measure import MIB
 from .options import (
     DTYPES,
@@ -50,7 +47,6 @@ from .options import (
 )
 from .own import own_name
 from .pictures import describe, name_of, plot_slopes
-from .plain import PlainStack, rotary_of
 from .problem import Case, Contender, Problem, Step, plain
 from .registry import Provider
 from .rows import Row, Table, device_name, empty_row, key_of, read
@@ -75,13 +71,6 @@ class _CalledMLP(nn.Module):
         return self.call(self.mlp, x)
 
 
-def _with_mlp(layer: Any, mlp: nn.Module) -> nn.Module:
-    """A layer that shares all with another one but its MLP."""
-    other = copy.copy(layer)
-    other._modules = {**layer._modules, "mlp": mlp}
-    return other
-
-
 def _by_checkpoints(mlp: nn.Module, x: Tensor) -> Tensor:
     """PyTorch alone: each tile is checkpointed; tiles are as long as our chunks."""
     tiles = x.split(CHUNK_SIZE[x.device.type], dim=1)
@@ -104,52 +93,6 @@ def _ligers(case: Case, mlp: nn.Module) -> nn.Module:
     return peers.liger_module(mlp, case.spec, "LigerTiledSwiGLUMLP")
 
 
-def saved_away(directory: Path | None) -> AbstractContextManager[Any]:
-    """What autograd saves within is kept in pinned host memory, or in files of that directory."""
-    if directory is None:
-        return torch.autograd.graph.save_on_cpu(pin_memory=True)
-
-    def pack(x: Tensor) -> Tensor | tuple[Buffer, Tensor]:
-        if not x.numel():
-            return x
-        [buffer] = file_buffers({"x": x}, directory).values()
-        buffer.write(x.detach())
-        return buffer, x.to("meta")
-
-    def unpack(packed: Tensor | tuple[Buffer, Tensor]) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        buffer, like = packed
-        x = torch.empty(like.shape, dtype=like.dtype)
-        buffer.read(x)
-        return x
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-def _on_cpu(
-    problem: Problem,
-    policy: str,
-    *,
-    name: str,
-    directory: Path | None,
-    mlp: Callable[[Case, nn.Module], nn.Module] | None = None,
-) -> Contender:
-    """Checkpoints whose inputs are elsewhere, with the MLPs that `mlp` makes."""
-    stack: Any = problem.module
-    layers = list(stack.layers)
-    if mlp is not None:
-        layers = [_with_mlp(layer, mlp(problem.case, layer.mlp)) for layer in layers]
-    run = PlainStack(layers, checkpointed, rotary_of(stack))
-
-    def run_away(x: Tensor) -> Tensor:
-        with saved_away(directory):
-            return run(x)
-
-    parameters = dict(stack.named_parameters())
-    return Contender(name, run_away, parameters, note=problem.kind)
-
-
 def _checkpoint(problem: Problem, policy: str) -> Contender:
     return plain(problem, checkpointed, "checkpoint")
 
@@ -162,7 +105,7 @@ def providers(directory: Path | None) -> dict[str, Provider]:
     """
 
     def on_cpu(name: str, mlp: Any = None, **needs: Any) -> Provider:
-        make = partial(_on_cpu, name=name, directory=directory, mlp=mlp)
+        make = partial(away.on_cpu, name=name, directory=directory, mlp=mlp)
         return Provider(make, keeps_all=False, **needs)
 
     liger = {"package": "liger-kernel", "module": "liger_kernel"}

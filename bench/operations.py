@@ -209,6 +209,7 @@ PROBLEMS: dict[str, Callable[[Case], Problem]] = {
     "attention-half": attention_half,
     "block": stack,
     "stack": stack,
+    "offload": stack,
     "train": train,
     "model": hf_model.problem,
     "lora": hf_model.lora,

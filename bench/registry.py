@@ -9,11 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from . import hf_model, operations, own, peers
+from . import away, hf_model, operations, own, peers
 from .options import choose, compiler_missing
 from .problem import Case, Contender, Problem, plain
 from .shapes import ALL_SHAPES
-from .ways import WAYS, make_way
+from .ways import WAYS, checkpointed, eager, make_way
 
 
 def _nothing(case: Case) -> str | None:
@@ -194,6 +194,18 @@ OPERATIONS: dict[str, Operation] = {
         "a stack of blocks",
         operations.stack,
         {**_ways(*WAYS), **_ours(own.stack, own.POLICIES), **_COMPILED},
+    ),
+    "offload": Operation(
+        "a stack that keeps what it can in host memory; on a CPU, in files",
+        operations.stack,
+        {
+            **_ways("eager", "checkpoint"),
+            **{
+                name: Provider(partial(away.contender, name=name, way=way), keeps_all=False)
+                for name, way in {"save-on-cpu": eager, "checkpoint-on-cpu": checkpointed}.items()
+            },
+            **_ours(away.ours, ("lean", "offload")),
+        },
     ),
     "train": Operation(
         "a training step with AdamW of a small model around a stack",

@@ -45,10 +45,21 @@ TEXTS = ("backfuse", "torch", "triton", "provider", "policy", "status", "note")
 
 
 def device_name(device: str) -> str:
-    """Of a GPU its name, of a CPU its architecture and how many threads PyTorch uses."""
+    """Of a GPU its name, of a CPU its name too and how many threads PyTorch uses."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads {platform.machine()}"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' if threads > 1 else ''} {_processor()}"
+
+
+def _processor() -> str:
+    """The processor's name as Linux knows it, else what Python knows of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def device_folder(device: str) -> str:

@@ -43,7 +43,7 @@ from .rows import Table, case_columns, device_name, empty_row, measured_row
 from .shapes import ALL_SHAPES
 
 #: Operations of several blocks, where the user says so.
-SEVERAL = ("ffn", "stack", "train", "model", "lora")
+SEVERAL = ("ffn", "stack", "offload", "train", "model", "lora")
 
 
 @dataclass(frozen=True)

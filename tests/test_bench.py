@@ -139,8 +139,8 @@ def test_every_contender_is_right(op, shape, dtype):
     frame, failed = measured(chosen)
     assert set(frame["status"]) == {"ok"} and not failed, frame[["provider", "status", "note"]]
     ours = frame[frame["provider"] == "backfuse-reference"]
-    policies = {"norm": 1, "rope": 1, "attention": 1, "ffn": 2, "attention-half": 3}.get(op, 4)
-    assert len(ours) == policies
+    policies = {"norm": 1, "rope": 1, "attention": 1, "ffn": 2, "attention-half": 3, "offload": 2}
+    assert len(ours) == policies.get(op, 4)
     assert (frame["error"] < (1e-12 if dtype == "fp64" else 0.1)).all()
 
 

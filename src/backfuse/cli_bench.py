@@ -19,13 +19,14 @@ OPERATIONS = {
     "attention-half": "the attention half: norm, projections, attention, residual",
     "block": "a transformer block",
     "stack": "a stack of blocks",
+    "offload": "a stack that keeps what it can in host memory; on a CPU, in files",
     "train": "a training step with AdamW of a small model around a stack",
     "model": "a whole Hugging Face model: loss and gradients",
     "lora": "the same with LoRA on all projections, the rest frozen",
 }
 
 #: Those of several blocks, where the user says so.
-SEVERAL = ("ffn", "stack", "train", "model", "lora")
+SEVERAL = ("ffn", "stack", "offload", "train", "model", "lora")
 
 
 def names(text: str) -> tuple[str, ...]:
