@@ -43,8 +43,9 @@ How to measure: `backfuse bench --help`, `backfuse bench list`.
   (none add up), no graph is retained, inputs are random; on a GPU the L2 cache is flushed before
   each step. Rounds run in alternating order.
 - **ms**: median of all steps, 20th and 80th percentile in brackets. **/ eager**: median of the
-  rounds' ratios to plain PyTorch in the same round. A `~` marks a ratio whose percentiles include
-  1: that difference is noise.
+  rounds' ratios to plain PyTorch in the same round; **run 2** that of another run of it all, later
+  on the same machine. A `~` marks a ratio whose percentiles include 1 in one of the runs, or that
+  is on either side of 1 in two: that difference is noise.
 - **TFLOP/s**: of a step that recomputes nothing, causal attention at half. **of GEMM**: the share
   of the library's GEMM of these sizes, timed in the same rounds; for memory-bound operations
   **GB/s** and the share of a copy.
@@ -204,9 +205,10 @@ def _table(group: pd.DataFrame) -> Iterator[str]:
         "provider": [name_of(row) for _, row in main.iterrows()],
         "mode": list(main["mode"]),
         "ms": [_with_spread(row) for _, row in main.iterrows()],
-        "/ eager": [_ratio(row) for _, row in main.iterrows()],
     }
     key = ["provider", "policy", "mode"]
+    noise = group.groupby(key)[["vs_eager", "vs_eager_p20", "vs_eager_p80"]].agg(list)
+    columns["/ eager"] = [_ratio(row, noise.loc[tuple(row[key])]) for _, row in main.iterrows()]
     for number, rows in enumerate(others, start=2):
         again = rows.drop_duplicates(key).set_index(key)["vs_eager"]
         values = [again.get(tuple(row[key])) for _, row in main.iterrows()]
@@ -242,11 +244,14 @@ def _with_spread(row: Any) -> str:
     return milliseconds(row["ms_median"]) + (f" ({'–'.join(spread)})" if all(spread) else "")
 
 
-def _ratio(row: Any) -> str:
+def _ratio(row: Any, runs: Any) -> str:
+    """The ratio, and whether it is noise; `runs` has lists of what each run gave."""
     if pd.isna(row["vs_eager"]):
         return ""
-    noise = row["provider"] != "eager" and row["vs_eager_p20"] <= 1 <= row["vs_eager_p80"]
-    return f"{row['vs_eager']:.3f}{' ~' if noise else ''}"
+    spans = zip(runs["vs_eager_p20"], runs["vs_eager_p80"], strict=True)
+    noise = any(low <= 1 <= high for low, high in spans)
+    noise |= min(runs["vs_eager"]) <= 1 <= max(runs["vs_eager"])
+    return f"{row['vs_eager']:.3f}{' ~' if noise and row['provider'] != 'eager' else ''}"
 
 
 def _status(row: Any) -> str:
