@@ -48,7 +48,9 @@ def _forward(x: Tensor, weights: list[Tensor], *side: Any) -> list[Tensor]:
     *tensors, batch_size, max_seqlen, text = side
     told, inputs = read(text), Inputs(*tensors)
     if inputs.cu_seqlens is not None:
-        check_cu_seqlens(inputs.cu_seqlens, max_seqlen, x.view(batch_size, -1, x.shape[-1]))
+        rows = x.view(batch_size, -1, x.shape[-1])
+        whole = told.context.whole(rows) if told.context else rows
+        check_cu_seqlens(inputs.cu_seqlens, max_seqlen, whole)
     with no_autocast(x):
         z, kept = told.job(x, inputs, batch_size, max_seqlen).forward(
             x,
