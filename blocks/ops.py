@@ -26,6 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 from backfuse.kernels.reference.dropout import draw_seed
 
 from .call import Inputs
+from .flash_attention_op import SAVE_OP
 from .function import Job, no_autocast, refuse_second_derivative
 from .inputs import check_cu_seqlens
 from .op_flops import backward_flops, forward_flops
@@ -222,7 +223,7 @@ def _register() -> None:
 _register()
 
 #: What a selective checkpoint's policy should save, so that a block is not run twice.
-SAVE_OPS = frozenset(_op(kind, "forward") for kind in KINDS)
+SAVE_OPS = frozenset([*(_op(kind, "forward") for kind in KINDS), SAVE_OP])
 
 
 def call_op(job: Job, inputs: Inputs, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
