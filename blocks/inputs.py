@@ -68,7 +68,8 @@ def _check_layouts(
 ) -> None:
     """Raise unless weights fit; those that do are remembered, so that a training step asks once."""
     for name, shape, layout in zip(names, shapes, layouts, strict=True):
-        if hasattr(layout[3], "to_local"):
+        # Of a class torch.compile of torch 2.11 cannot ask.
+        if not torch.compiler.is_compiling() and hasattr(layout[3], "to_local"):
             raise TypeError(
                 f"{name} is a {layout[3].__name__}, expected a whole tensor: shard the block (as "
                 "fully_shard(block) does), not its parts, which it never calls"
