@@ -156,7 +156,9 @@ class AttentionHalf:
         """cos and sin of positions that count from 0 in each sequence: made anew, never kept."""
         call, cu_seqlens = self.call, self.inputs.cu_seqlens
         assert self.spec.rope is not None and self.spec.rope_theta is not None
-        positions = torch.arange(call.seq_len, device=self.qkv.weights[0].device)
+        first = call.context.rank * call.seq_len if call.context else 0
+        device = self.qkv.weights[0].device
+        positions = torch.arange(first, first + call.seq_len, device=device)
         if cu_seqlens is not None:
             sequence = torch.searchsorted(cu_seqlens, positions, right=True) - 1
             positions = positions - cu_seqlens[sequence]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.peft import Live, unwrap
+from .context import Context
 from .function import block
 from .inputs import check_chunk_size, check_impl, check_offload_dir
 from .lora import Adapters, LoRA
@@ -144,6 +145,8 @@ class TransformerBlock(nn.Module):
         self.offload_dir = check_offload_dir(offload_dir)
         #: How the block is split over ranks, if it is: see `parallel.py`.
         self.parallel: Any = None
+        #: The ranks that share the tokens of every sequence, if any do: see `context.py`.
+        self.context: Context | None = None
         for path, module in parameter_modules(spec, device, dtype).items():
             parent, _, name = path.rpartition(".")
             if parent and parent not in self._modules:
@@ -276,6 +279,7 @@ class TransformerBlock(nn.Module):
             impl=self.impl,
             ffn_strategy=self.ffn_strategy,
             offload_dir=self.offload_dir,
+            context=self.context,
         )
 
     def extra_repr(self) -> str:

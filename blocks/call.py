@@ -21,6 +21,7 @@ from backfuse.kernels.dispatch import Operations
 from backfuse.kernels.reference.attention_request import AttentionRequest
 from backfuse.kernels.reference.explicit_attention import AttentionMask
 
+from .context import AllToAll, Context
 from .layouts import in_order
 from .spec import BlockSpec
 
@@ -60,7 +61,7 @@ class Call:
     Attributes:
         spec: the block.
         batch_size: sequences (1 where they are packed).
-        seq_len: tokens a sequence (all tokens where they are packed).
+        seq_len: tokens a sequence (all tokens where they are packed); this rank's, in a context.
         compute_dtype: of the GEMMs' operands: autocast's, or the weights'.
         autocast: whether it is autocast's.
         chunk_size: tokens a chunk.
@@ -72,6 +73,7 @@ class Call:
         max_seqlen: longest packed sequence, where the caller knows it.
         offload_dir: folder of the files that offloaded tensors go to; None: host memory.
         residual: whether a half adds its input; False where its output is a partial sum.
+        context: the ranks that share every sequence's tokens; None: they are all here.
     """
 
     spec: BlockSpec
@@ -81,13 +83,14 @@ class Call:
     autocast: bool
     chunk_size: int
     ops: Operations
-    core: Operations | Core
+    core: Operations | Core | AllToAll
     impl: str = "auto"
     ffn_strategy: str = "auto"
     dropout: bool = False
     max_seqlen: int | None = None
     offload_dir: Path | None = None
     residual: bool = True
+    context: Context | None = None
 
     def chunks(self) -> Iterator[slice]:
         """Slices of rows that cover all tokens."""
@@ -115,7 +118,7 @@ class Call:
             mask=self.mask,
             dtype=self.compute_dtype,
             device=device,
-            tokens=self.seq_len,
+            tokens=self.seq_len * (self.context.size if self.context else 1),
             head_dim=self.spec.head_dim,
             v_head_dim=self.spec.v_head_dim,
             bias=inputs.attention_mask is not None,

@@ -22,6 +22,7 @@ from backfuse.kernels.dispatch import (
 from backfuse.kernels.reference.dropout import draw_seed
 
 from .call import CHUNK_SIZE, LATER, Call, Inputs
+from .context import AllToAll, Context
 from .errors import nearest
 from .lora import Adapters, drops
 from .remember import remembered
@@ -67,7 +68,8 @@ def _check_layouts(
 ) -> None:
     """Raise unless weights fit; those that do are remembered, so that a training step asks once."""
     for name, shape, layout in zip(names, shapes, layouts, strict=True):
-        if hasattr(layout[3], "to_local"):
+        # Of a class torch.compile of torch 2.11 cannot ask.
+        if not torch.compiler.is_compiling() and hasattr(layout[3], "to_local"):
             raise TypeError(
                 f"{name} is a {layout[3].__name__}, expected a whole tensor: shard the block (as "
                 "fully_shard(block) does), not its parts, which it never calls"
@@ -266,6 +268,7 @@ def plain_call(
     lossy: bool,
     attention: bool,
     offload_dir: Path | None,
+    context: Context | None,
 ) -> Call:
     """The call with its operations' own attention, the same one for the same question."""
     width = max(spec.hidden_size, spec.q_size)
@@ -286,11 +289,12 @@ def plain_call(
         dropout=dropout,
         max_seqlen=max_seqlen,
         offload_dir=offload_dir,
+        context=context,
     )
 
 
 @lru_cache(maxsize=4096)
-def _with_core(call: Call, core: Operations | Core) -> Call:
+def _with_core(call: Call, core: Operations | Core | AllToAll) -> Call:
     """The call with that attention, the same one each time."""
     return replace(call, core=core)
 
@@ -298,7 +302,8 @@ def _with_core(call: Call, core: Operations | Core) -> Call:
 def with_attention(call: Call, inputs: Inputs, device: torch.device) -> Call:
     """The call with the attention that its `impl` chooses for these inputs."""
     request = call.attention_request(inputs, device)
-    return _with_core(call, attention_core(call.impl, call.ops, request))
+    core = attention_core(call.impl, call.ops, request)
+    return _with_core(call, core if call.context is None else AllToAll(core, call.context))
 
 
 def prepare(
@@ -318,6 +323,7 @@ def prepare(
     attention: bool = True,
     offload_dir: Path | None = None,
     adapters: Iterable[Adapters] = (),
+    context: Context | None = None,
 ) -> tuple[Call, Inputs]:
     """Check a call's arguments and put them in order.
 
@@ -337,6 +343,8 @@ def prepare(
         attention: whether the call has an attention half.
         offload_dir: folder of the files that offloaded tensors go to; None: host memory.
         adapters: the layers', with the dropout that is active.
+        context: the ranks that share every sequence's tokens, of which hidden_states and
+            position_embeddings are this one's; None: they are all here.
 
     Raises:
         TypeError: for something of the wrong kind or dtype.
@@ -357,11 +365,12 @@ def prepare(
     if chunk_size is None:
         chunk_size = CHUNK_SIZE.get(x.device.type, CHUNK_SIZE["cuda"])
     cos = sin = None
+    whole = x if context is None else context.whole(x)
     if attention:
         if cu_seqlens is not None:
-            cu_seqlens = check_cu_seqlens(cu_seqlens, max_seqlen, x)
+            cu_seqlens = check_cu_seqlens(cu_seqlens, max_seqlen, whole)
         if attention_mask is not None:
-            attention_mask = _check_mask(attention_mask, spec, x)
+            attention_mask = _check_mask(attention_mask, spec, whole)
         cos, sin = _position_embeddings(position_embeddings, spec, x)
     kinds = {"residual_dropout", "activation_dropout"}
     if attention:
@@ -369,6 +378,10 @@ def prepare(
     dropout = training and not spec.there.isdisjoint(kinds)
     seed = None
     if dropout or any(map(drops, adapters)):
+        if context is not None:
+            raise ValueError(
+                "dropout is active, expected none in a block whose tokens are split over ranks"
+            )
         traced = torch.compiler.is_compiling()
         seed = torch.ops.backfuse.draw_seed(x, layers) if traced else draw_seed(x, layers)
     inputs = Inputs(cos, sin, attention_mask, cu_seqlens, seed)
@@ -377,11 +390,12 @@ def prepare(
         call = Call(
             spec, x.shape[0], x.shape[1], autocast_dtype or x.dtype, autocast_dtype is not None,
             chunk_size, LATER, LATER, impl, ffn_strategy, dropout, max_seqlen, offload_dir,
+            context=context,
         )  # fmt: skip
         return call, inputs
     call = plain_call(
         spec, x.shape[0], x.shape[1], x.dtype, autocast_dtype, x.device, chunk_size, impl,
-        ffn_strategy, dropout, max_seqlen, lossy, attention, offload_dir,
+        ffn_strategy, dropout, max_seqlen, lossy, attention, offload_dir, context,
     )  # fmt: skip
     return (with_attention(call, inputs, x.device) if attention else call), inputs
 

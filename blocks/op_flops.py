@@ -45,14 +45,16 @@ def _matmuls(told: Told, layer: Layer, shape: Sequence[int], masked: bool) -> li
         softcap=spec.attn_logit_softcapping,
         dropout=spec.attention_dropout if told.dropout else 0.0,
     )
+    ranks = told.context.size if told.context else 1  # each has all tokens of its heads
+    length = seq_len * ranks
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     request = AttentionRequest(
-        mask, told.autocast or torch.float32, device, seq_len, spec.head_dim, spec.v_head_dim,
+        mask, told.autocast or torch.float32, device, length, spec.head_dim, spec.v_head_dim,
         bias=masked, packed=False, sinks=spec.attention_sinks,
     )  # fmt: skip
     library = CPU.obstacle(request) is None
     scores, weighted = (
-        batch_size * score_flops(seq_len, None, width, mask, library, masked)
+        batch_size * score_flops(length, None, width, mask, library, masked) // ranks
         for width in (spec.q_size, spec.attn_out_size)
     )
     tokens, own = batch_size * seq_len, (layer.policy, layer.wanted)

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 from backfuse.kernels.reference.dropout import draw_seed
 
 from .call import Inputs
+from .flash_attention_op import SAVE_OP
 from .function import Job, no_autocast, refuse_second_derivative
 from .inputs import check_cu_seqlens
 from .op_flops import backward_flops, forward_flops
@@ -48,7 +49,9 @@ def _forward(x: Tensor, weights: list[Tensor], *side: Any) -> list[Tensor]:
     *tensors, batch_size, max_seqlen, text = side
     told, inputs = read(text), Inputs(*tensors)
     if inputs.cu_seqlens is not None:
-        check_cu_seqlens(inputs.cu_seqlens, max_seqlen, x.view(batch_size, -1, x.shape[-1]))
+        rows = x.view(batch_size, -1, x.shape[-1])
+        whole = told.context.whole(rows) if told.context else rows
+        check_cu_seqlens(inputs.cu_seqlens, max_seqlen, whole)
     with no_autocast(x):
         z, kept = told.job(x, inputs, batch_size, max_seqlen).forward(
             x,
@@ -220,7 +223,7 @@ def _register() -> None:
 _register()
 
 #: What a selective checkpoint's policy should save, so that a block is not run twice.
-SAVE_OPS = frozenset(_op(kind, "forward") for kind in KINDS)
+SAVE_OPS = frozenset([*(_op(kind, "forward") for kind in KINDS), SAVE_OP])
 
 
 def call_op(job: Job, inputs: Inputs, x: Tensor, weights: Sequence[Tensor]) -> Tensor:

@@ -31,6 +31,7 @@ from torch._compile import _disable_dynamo  # torch.compiler's own imports the c
 from .adapters.patched import state_of
 from .block import TransformerBlock
 from .call import Call, Inputs
+from .context import Context
 from .function import HalfJob, run_job
 from .inputs import check_hidden_states, check_weights, prepare
 from .policy import KEEP
@@ -156,7 +157,7 @@ class Parallel:
         call, inputs = prepare(
             self.spec, whole, **options, training=block.training, chunk_size=block.chunk_size,
             impl=block.impl, ffn_strategy=block.ffn_strategy, lossy=block.policy.lossy,
-            offload_dir=block.offload_dir,
+            offload_dir=block.offload_dir, context=block.context,
         )  # fmt: skip
         call = _partial(call)
         named, adapters = block.weights()
@@ -253,63 +254,108 @@ def _dimension(name: str) -> int | None:
     return SPLIT.get(name.split(".")[-2])
 
 
-def parallelize(
-    module: nn.Module, mesh: DeviceMesh, *, sequence_parallel: bool = True
-) -> nn.Module:
-    """Splits every block of a module over the ranks of a mesh, in place.
+def _check_meshes(mesh: object, context: object) -> None:
+    """Raise unless one or both are meshes of one dimension, and not the same ranks."""
+    # Imported here: it takes a while, and a build of PyTorch may lack it.
+    from torch.distributed.device_mesh import DeviceMesh
 
-    The blocks' parameters become DTensors (of rank 0's values) under the same names, so that
-    `fully_shard` over another dimension of the mesh, checkpoints and optimizers take them. A block
-    then wants, on each rank, its part of every sequence: `[batch, seq_len / ranks, hidden_size]`,
-    the first rank the first part; angles, masks and `cu_seqlens` are of whole sequences. What
-    stands before and behind the blocks sees these parts too: the gradients of its parameters
-    have to be summed over the mesh.
+    given = {"mesh": mesh, "context": context}
+    for name, one in given.items():
+        if one is None:
+            continue
+        if not isinstance(one, DeviceMesh):
+            raise TypeError(f"{name} is a {type(one).__name__}, expected a DeviceMesh")
+        if one.ndim != 1:
+            raise ValueError(
+                f"{name} has {one.ndim} dimensions, expected 1: name one, as mesh['tp']"
+            )
+    ranks = [set(one.mesh.tolist()) for one in given.values() if isinstance(one, DeviceMesh)]
+    if not ranks:
+        raise TypeError("mesh and context are both None, expected a DeviceMesh in one of them")
+    if len(set.intersection(*ranks)) > 1 and len(ranks) > 1:
+        raise ValueError(
+            "mesh and context are the same ranks, expected two dimensions of one mesh"
+        )
+
+
+def _blocks(module: nn.Module) -> dict[str, TransformerBlock]:
+    """The blocks of a module, by path; at least one."""
+    blocks = {n: part for n, part in module.named_modules() if isinstance(part, TransformerBlock)}
+    if blocks:
+        return blocks
+    for name, part in module.named_modules():
+        if state_of(part) is not None:
+            raise ValueError(
+                f"{name or 'module'} is a patched {type(part).__name__}, expected a "
+                "TransformerBlock: a patched layer cannot be split over ranks"
+            )
+    raise ValueError("module holds no TransformerBlock, expected at least one")
+
+
+def parallelize(
+    module: nn.Module,
+    mesh: DeviceMesh | None = None,
+    *,
+    sequence_parallel: bool = True,
+    context: DeviceMesh | None = None,
+) -> nn.Module:
+    """Splits every block of a module over the ranks of a mesh, in place: its weights, the tokens
+    of its sequences, or both.
+
+    Over `mesh` (tensor parallelism) the blocks' parameters become DTensors (of rank 0's values)
+    under the same names, so that `fully_shard` over another dimension of the mesh, checkpoints and
+    optimizers take them. A block then wants, on each rank, its part of every sequence:
+    `[batch, seq_len / ranks, hidden_size]`, the first rank the first part; angles, masks and
+    `cu_seqlens` are of whole sequences. What stands before and behind the blocks sees these parts
+    too: the gradients of its parameters have to be summed over the mesh.
+
+    Over `context` (context parallelism, by all-to-all around the attention) parameters stay as they
+    are. A block wants each rank's part of every sequence, as above, all of one length, and the
+    angles (`position_embeddings`) of that part; by default they are those of its place. Masks and
+    `cu_seqlens` are of whole sequences. All parameters' gradients, the blocks' too, are of the
+    rank's tokens: average them over `context` as over data-parallel ranks, as DDP or `fully_shard`
+    over the flattened dimensions does.
+
+    With both, a rank's part over `context` is what `mesh` splits further.
 
     Args:
-        module: a `TransformerBlock`, a `BlockStack`, or a model of them. In a stack no layer can
-            share a segment with others.
+        module: a `TransformerBlock`, a `BlockStack`, or a model of them. In a stack that is split
+            over `mesh` no layer can share a segment with others.
         mesh: of one dimension; of one rank, the module stays as it is. `fully_shard` comes after.
-        sequence_parallel: False: every rank has whole sequences, at every place.
+        sequence_parallel: False: every rank of `mesh` has whole sequences, at every place.
+        context: of one dimension; of one rank, the module stays as it is. Its ranks divide the
+            heads (those of one rank of `mesh`), and the heads of keys, or are a multiple of these.
 
     Returns:
         The module.
 
     Raises:
         TypeError: for something that is no module, or no mesh.
-        ValueError: for a mesh of several dimensions, a module without blocks or with blocks that
-            are sharded already, and what `local_spec` refuses: heads that do not divide, say. The
-            module is then as it was.
+        ValueError: for a mesh of several dimensions, the same ranks twice, a module without blocks
+            or with blocks that are split or sharded already, dropout, and what `local_spec`
+            refuses: heads that do not divide, say. The module is then as it was.
     """
-    # Imported here: it takes a while, and a build of PyTorch may lack it.
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}, expected a torch.nn.Module")
-    if not isinstance(mesh, DeviceMesh):
-        raise TypeError(f"mesh is a {type(mesh).__name__}, expected a DeviceMesh")
-    if mesh.ndim != 1:
-        raise ValueError(f"mesh has {mesh.ndim} dimensions, expected 1: name one, as mesh['tp']")
-    blocks = {n: part for n, part in module.named_modules() if isinstance(part, TransformerBlock)}
-    if not blocks:
-        for name, part in module.named_modules():
-            if state_of(part) is not None:
-                raise ValueError(
-                    f"{name or 'module'} is a patched {type(part).__name__}, expected a "
-                    "TransformerBlock: a patched layer cannot be split over ranks"
-                )
-        raise ValueError("module holds no TransformerBlock, expected at least one")
-    splits = {}
+    _check_meshes(mesh, context)
+    ranks = None if context is None or context.size() == 1 else Context.of(context)
+    blocks, specs = _blocks(module), {}
     for path, block in blocks.items():
-        if any(isinstance(parameter, DTensor) for parameter in block.parameters()):
+        sharded = any(isinstance(parameter, DTensor) for parameter in block.parameters())
+        if block.parallel or block.context or (sharded and mesh is not None):
             raise ValueError(
-                f"{path or 'module'} is sharded already, expected whole parameters: parallelize "
-                "comes before fully_shard, and once"
+                f"{path or 'module'} is sharded already, expected a whole block: parallelize comes "
+                "before fully_shard, and once, with mesh and context together"
             )
-        splits[path] = Parallel(mesh, local_spec(block.spec, mesh.size()), sequence_parallel)
-    if mesh.size() == 1:  # what a split refuses, one rank does as ever
-        return module
+        specs[path] = block.spec if mesh is None else local_spec(block.spec, mesh.size())
+        if ranks is not None:
+            ranks.check(specs[path])
     for path, block in blocks.items():
+        block.context = ranks
+        if mesh is None or mesh.size() == 1:  # what a split refuses, one rank does as ever
+            continue
         for name, parameter in list(block.named_parameters()):
             dimension = _dimension(name)
             placement = Replicate() if dimension is None else Shard(dimension)
@@ -318,5 +364,5 @@ def parallelize(
             block.get_submodule(owner).register_parameter(
                 kind, nn.Parameter(split, requires_grad=parameter.requires_grad)
             )
-        block.parallel = splits[path]
+        block.parallel = Parallel(mesh, specs[path], sequence_parallel)
     return module

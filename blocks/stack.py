@@ -252,6 +252,12 @@ class BlockStack(nn.Module):
             for block in blocks:
                 hidden_states = block(hidden_states, **options)
             return hidden_states
+        context = blocks[0].context
+        if any([block.context != context for block in blocks]):
+            raise ValueError(
+                "the layers' tokens are split over unlike ranks, expected one context for all: "
+                "parallelize(stack, context=...)"
+            )
         given = [block.weights() for block in blocks]
         call, inputs = prepare(
             self.spec,
@@ -265,6 +271,7 @@ class BlockStack(nn.Module):
             layers=len(self.layers),
             offload_dir=self.offload_dir,
             adapters=[adapters for _, adapters in given],
+            context=context,
         )
         weights = [
             own if by_call

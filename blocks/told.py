@@ -17,6 +17,7 @@ from backfuse.kernels.reference.fp8 import DTYPE as FP8
 from backfuse.kernels.reference.norm import accumulate_dtype
 
 from .call import Call, Inputs
+from .context import Context
 from .function import HalfJob, Job
 from .inputs import plain_call, with_attention
 from .keep import INPUT, half_needs, half_reads
@@ -79,11 +80,15 @@ def write(job: Job) -> str:
         texts = [_layer_text(one) for one in job.layers]
         layers, tree = ", ".join(texts), _tree_text(job.tree)
     autocast = f'"{str(call.compute_dtype)[6:]}"' if call.autocast else "null"
+    context = "null"
+    if call.context is not None:
+        context = f'["{call.context.group}", {call.context.rank}, {call.context.size}]'
     return (
         f'{{"kind": "{kind_of(job)}", "spec": {call.spec.text}, "layers": [{layers}], '
         f'"tree": {tree}, "autocast": {autocast}, '
         f'"chunk_size": {call.chunk_size}, "impl": "{call.impl}", '
-        f'"ffn_strategy": "{call.ffn_strategy}", "dropout": {"true" if call.dropout else "false"}}}'
+        f'"ffn_strategy": "{call.ffn_strategy}", '
+        f'"dropout": {"true" if call.dropout else "false"}, "context": {context}}}'
     )
 
 
@@ -105,6 +110,7 @@ class Told:
         impl: see `TransformerBlock`.
         ffn_strategy: see `TransformerBlock`.
         dropout: whether it is active.
+        context: the ranks that share every sequence's tokens, or None.
     """
 
     kind: str
@@ -116,6 +122,7 @@ class Told:
     impl: str
     ffn_strategy: str
     dropout: bool
+    context: Context | None
 
     def job(self, x: torch.Tensor, inputs: Inputs, batch_size: int, max_seqlen: int | None) -> Job:
         """The job.
@@ -130,7 +137,7 @@ class Told:
         call = plain_call(
             self.spec, batch_size, len(x) // batch_size, x.dtype, self.autocast, x.device,
             self.chunk_size, self.impl, self.ffn_strategy, self.dropout, max_seqlen,
-            any(layer.policy.lossy for layer in self.layers), attention, None,
+            any(layer.policy.lossy for layer in self.layers), attention, None, self.context,
         )  # fmt: skip
         return self._job(with_attention(call, inputs, x.device) if attention else call)
 
@@ -192,7 +199,9 @@ class Told:
         branch = dtype if spec.norm_after_residual else compute
         high, statistics = accumulate_dtype(compute), spec.norm_spec.statistics
         if own == "lse":
-            return (batch_size, spec.num_attention_heads, tokens // batch_size), high
+            ranks = self.context.size if self.context else 1
+            heads = spec.num_attention_heads // ranks
+            return (batch_size, heads, tokens // batch_size * ranks), high
         if own.endswith("_post_norm_stats"):
             return (statistics, tokens), high
         if own.endswith("_stats"):
@@ -236,4 +245,5 @@ def read(text: str) -> Told:
     return Told(
         told["kind"], spec, tuple(layers), _tree(told["tree"]), autocast,
         told["chunk_size"], told["impl"], told["ffn_strategy"], told["dropout"],
+        told["context"] and Context(*told["context"]),
     )  # fmt: skip

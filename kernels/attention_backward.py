@@ -396,10 +396,12 @@ def attention_backward(
     cu_seqlens_k: Tensor | None = None,
     seed: Tensor | None = None,
     need_dsinks: bool = True,
+    need_dq: bool = True,
+    need_dkv: bool = True,
     dq: Tensor | None = None,
     dkdv_config: Config | None = None,
     dq_config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v and sinks. As `reference.explicit_attention.explicit_backward`, without
     a bias.
 
@@ -426,24 +428,25 @@ def attention_backward(
     plans = _plans(*given, mask, dkdv_config, dq_config)
     check_offset_values("cu_seqlens", cu_seqlens, q.shape[1])
     check_offset_values("cu_seqlens_k", cu_seqlens_k, k.shape[1])
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    if dq is None:
-        dq = q.new_empty(q.shape)
     cu_seqlens, cu_seqlens_k = narrow(cu_seqlens), narrow(cu_seqlens_k)
     of_keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    loaded = (q, k, v, dout)
+    loaded, dk, dv = (q, k, v, dout), None, None
     with on_device(q):
-        plan = plans.dkdv
-        table = block_table(of_keys, k.shape[1], plan.flags["BLOCK_N"])
-        attention_dkdv_kernel[plan.grid](
-            *map(operand, loaded, plan.blocks), lse, delta, dk, dv, cu_seqlens, cu_seqlens_k,
-            *table, seed, *plan.numbers, **plan.flags,
-        )  # fmt: skip
-        plan = plans.dq
-        table = block_table(cu_seqlens, q.shape[1], plan.flags["BLOCK_M"])
-        attention_dq_kernel[plan.grid](
-            *map(operand, loaded, plan.blocks), lse, delta, dq, cu_seqlens, cu_seqlens_k,
-            *table, seed, *plan.numbers, **plan.flags,
-        )  # fmt: skip
+        if need_dkv:
+            dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+            plan = plans.dkdv
+            table = block_table(of_keys, k.shape[1], plan.flags["BLOCK_N"])
+            attention_dkdv_kernel[plan.grid](
+                *map(operand, loaded, plan.blocks), lse, delta, dk, dv, cu_seqlens, cu_seqlens_k,
+                *table, seed, *plan.numbers, **plan.flags,
+            )  # fmt: skip
+        if need_dq:
+            dq = q.new_empty(q.shape) if dq is None else dq
+            plan = plans.dq
+            table = block_table(cu_seqlens, q.shape[1], plan.flags["BLOCK_M"])
+            attention_dq_kernel[plan.grid](
+                *map(operand, loaded, plan.blocks), lse, delta, dq, cu_seqlens, cu_seqlens_k,
+                *table, seed, *plan.numbers, **plan.flags,
+            )  # fmt: skip
     dsinks = sink_gradient(sinks, lse, delta) if sinks is not None and need_dsinks else None
-    return dq, dk, dv, dsinks
+    return dq if need_dq else None, dk, dv, dsinks

@@ -57,8 +57,10 @@ def attention_backward(
     cu_seqlens_k: Tensor | None = None,
     seed: Tensor | None = None,
     need_dsinks: bool = True,
+    need_dq: bool = True,
+    need_dkv: bool = True,
     dq: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v and sinks. As `reference.attention.attention_backward`.
 
     Raises:
@@ -68,7 +70,7 @@ def attention_backward(
         raise ValueError("delta is None, expected rowsum(out * dout)")
     options: dict[str, Any] = {
         "sinks": sinks, "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k, "seed": seed,
-        "need_dsinks": need_dsinks,
+        "need_dsinks": need_dsinks, "need_dq": need_dq, "need_dkv": need_dkv,
     }  # fmt: skip
     if bias is not None:
         return explicit_backward(dout, q, k, v, lse, mask, delta, bias=bias, **options)

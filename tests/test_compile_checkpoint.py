@@ -107,7 +107,8 @@ def test_torch_remat():
 
 def test_save_ops_names_every_forward():
     assert {str(op) for op in SAVE_OPS} == {
-        f"backfuse.{kind}_forward.default" for kind in ("block", "attention", "ffn")
+        f"backfuse.{kind}_forward.default"
+        for kind in ("block", "attention", "ffn", "flash_attention")
     }
 
 

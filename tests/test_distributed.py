@@ -16,7 +16,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("module", ["checks_sharded", "checks_tensor", "checks_pipeline"])
+@pytest.mark.parametrize(
+    "module", ["checks_sharded", "checks_tensor", "checks_context", "checks_pipeline"]
+)
 def test_on_four_ranks(module, tmp_path):
     went = ranks.run(tmp_path, module)
     assert went or "CHECKS" in os.environ

@@ -1,11 +1,14 @@
 """`parallelize` in a single process: a mesh of one rank changes nothing."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 from families import FAMILIES, make_block, make_input, results, same_bits
 
 from backfuse import BlockStack, parallelize, patch
+from backfuse.blocks.context import Context
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
@@ -29,6 +32,22 @@ def test_one_rank_keeps_the_bits(mesh):
         assert parallelize(block, mesh) is block
         assert all(map(lambda a, b: a is b, parameters, block.parameters())), family
         assert same_bits(results(block, x, grad), expected), family
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "sinks-and-wide-values"])
+def test_every_core_runs_between_all_to_alls(mesh, family, impl):
+    if impl == "sdpa" and family != "llama":
+        pytest.skip("PyTorch's has no sinks")
+    block = make_block(FAMILIES[family], "lean")
+    block.impl = impl
+    x, grad = make_input(block.spec, seq_len=20)
+    expected = results(block, x, grad)
+    assert parallelize(block, context=mesh).context is None
+    block.context = Context.of(mesh)
+    with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as sends:
+        assert same_bits(results(block, x, grad), expected)
+    assert sends.call_count == 4
 
 
 def test_parts_of_a_block_cannot_be_sharded(mesh):

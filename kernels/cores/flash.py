@@ -77,6 +77,8 @@ def attention_backward(
     cu_seqlens_k: Tensor | None = None,
     seed: Tensor | None = None,
     need_dsinks: bool = True,
+    need_dq: bool = True,
+    need_dkv: bool = True,
     dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """Gradients of q, k and v. As `reference.attention.attention_backward`."""

@@ -151,6 +151,8 @@ class FlashPrototype:
         cu_seqlens_k: Tensor | None = None,
         seed: Tensor | None = None,
         need_dsinks: bool = True,
+        need_dq: bool = True,
+        need_dkv: bool = True,
         dq: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, None]:
         """Gradients of q, k and v. As `reference.attention.attention_backward`."""

@@ -99,8 +99,10 @@ def attention_backward(
     cu_seqlens_k: Tensor | None = None,
     seed: Tensor | None = None,
     need_dsinks: bool = True,
+    need_dq: bool = True,
+    need_dkv: bool = True,
     dq: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k and v, fresh and contiguous, shaped as those; and of the sinks.
 
     Args:
@@ -118,11 +120,13 @@ def attention_backward(
         cu_seqlens_k: see q.
         seed: see q.
         need_dsinks: whether the gradient of the sinks is wanted.
+        need_dq: whether that of q is. Borrowed cores compute it all the same, and so below.
+        need_dkv: whether that of k or v is.
         dq: room for the gradient of q, which may be q itself, where that is not read again. Whether
             it is taken is the core's business: the result says where the gradient is.
 
     Returns:
-        dq, dk, dv, and dsinks: `[heads]`, fp32 (fp64 for fp64), or None.
+        dq, dk, dv, and dsinks: `[heads]`, fp32 (fp64 for fp64). None for what was not computed.
 
     Raises:
         ValueError: without delta, where it is needed.
@@ -135,5 +139,6 @@ def attention_backward(
         raise ValueError("delta is None, expected rowsum(out * dout): no library kernel fits")
     return explicit_backward(
         dout, q, k, v, lse, mask, delta, sinks=sinks, bias=bias, cu_seqlens=cu_seqlens,
-        cu_seqlens_k=cu_seqlens_k, seed=seed, need_dsinks=need_dsinks,
+        cu_seqlens_k=cu_seqlens_k, seed=seed, need_dsinks=need_dsinks, need_dq=need_dq,
+        need_dkv=need_dkv,
     )  # fmt: skip

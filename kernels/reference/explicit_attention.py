@@ -146,6 +146,7 @@ def score_flops(
     mask: AttentionMask,
     library: bool,
     masked: bool,
+    keys: int | None = None,
 ) -> int:
     """Multiply-add FLOPs (two each) of `Q K^T` for one row of a batch, all heads.
 
@@ -156,12 +157,13 @@ def score_flops(
         mask: what is visible.
         library: whether PyTorch's kernel is used: its formula counts every key, visible or not.
         masked: whether a mask tensor is given.
+        keys: how many, for rows that are one sequence; None: as many as rows.
     """
     if library:
         return 2 * width * sum(n * n for n in lengths or [tokens])
     pairs = 0
     for n in lengths or [tokens]:
-        blocks = _blocks(n, n, mask, torch.empty(0) if masked else None)
+        blocks = _blocks(n, n if keys is None else keys, mask, torch.empty(0) if masked else None)
         pairs += sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1 in blocks)
     return 2 * width * pairs
 
@@ -337,16 +339,16 @@ def explicit_backward(
     cu_seqlens_k: Tensor | None = None,
     seed: Tensor | None = None,
     need_dsinks: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    need_dq: bool = True,
+    need_dkv: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v and sinks. Arguments and results as `attention_backward`."""
     high, groups = accumulate_dtype(q.dtype), q.shape[2] // k.shape[2]
     sink = _sink(sinks, groups, high)
-    dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    dk = torch.zeros(k.shape, dtype=high, device=k.device)
-    dv = torch.zeros(v.shape, dtype=high, device=v.device)
-    for number, q_start, queries, k_start, keys in _pairs(
-        q.shape[1], k.shape[1], cu_seqlens, cu_seqlens_k
-    ):
+    dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if need_dq else None
+    dk, dv = (x.new_zeros(x.shape, dtype=high) if need_dkv else None for x in (k, v))
+    pairs = _pairs(q.shape[1], k.shape[1], cu_seqlens, cu_seqlens_k)
+    for number, q_start, queries, k_start, keys in pairs if need_dq or need_dkv else ():
         for span in _blocks(queries, keys, mask, bias):
             rows = slice(q_start + span.q0, q_start + span.q1)
             cols = slice(k_start + span.k0, k_start + span.k1)
@@ -363,18 +365,23 @@ def explicit_backward(
                 factor = _dropped(weights.shape, span, number, mask, seed, high)
                 dropped, dweights = weights * factor, dweights.mul_(factor)
             dropped = rearrange(dropped, "b h g t s -> b h (g t) s")
-            dv[:, cols] += rearrange(
-                torch.matmul(dropped.transpose(-1, -2), do_part), "b h s d -> b s h d"
-            )
+            if dv is not None:
+                dv[:, cols] += rearrange(
+                    torch.matmul(dropped.transpose(-1, -2), do_part), "b h s d -> b s h d"
+                )
             row_delta = rearrange(delta[:, :, rows], "b (h g) t -> b h g t 1", g=groups)
             dscores = dweights.sub_(row_delta).mul_(weights)
             if tanh is not None:
                 dscores.mul_(1.0 - tanh.square())
             dscores = rearrange(dscores.mul_(mask.scale), "b h g t s -> b h (g t) s")
-            dq_part = torch.matmul(dscores, k_part)
-            dq[:, rows] = rearrange(dq_part, "b h (g t) d -> b t (h g) d", g=groups)
-            dk[:, cols] += rearrange(
-                torch.matmul(dscores.transpose(-1, -2), q_part), "b h s d -> b s h d"
-            )
+            if dq is not None:
+                dq_part = torch.matmul(dscores, k_part)
+                dq[:, rows] = rearrange(dq_part, "b h (g t) d -> b t (h g) d", g=groups)
+            if dk is not None:
+                dk[:, cols] += rearrange(
+                    torch.matmul(dscores.transpose(-1, -2), q_part), "b h s d -> b s h d"
+                )
     dsinks = sink_gradient(sinks, lse, delta) if sinks is not None and need_dsinks else None
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
+    if dk is not None and dv is not None:
+        dk, dv = dk.to(k.dtype), dv.to(v.dtype)
+    return dq, dk, dv, dsinks
