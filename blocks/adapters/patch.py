@@ -23,12 +23,12 @@ from backfuse.blocks.planner.plan import plan as make_plan
 from backfuse.blocks.policy import Policy, PolicyLike
 
 from .attributes import NotUnderstood
-from .calls import OwnForward, weights_of
+from .calls import weights_of
 from .facts import alike
 from .norms import is_norm
 from .patched import State, obstacle, original_class, state_of, swap, unswap
 from .projections import projection
-from .recipe import Recipe
+from .recipe import OwnForward, Recipe
 from .report import PatchedLayer, PatchReport
 from .verify import same_but_for_number, understand
 
