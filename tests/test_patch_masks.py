@@ -79,7 +79,8 @@ def offsets(inputs, lengths=(5, 1, 19, 15)):
     starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     told = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts)
     longest = dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
-    return {**packed(inputs, lengths), **told, **longest}
+    index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return {**packed(inputs, lengths), **told, **longest, "seq_idx": index[None]}
 
 
 def close(ours, theirs):

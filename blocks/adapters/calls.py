@@ -30,7 +30,7 @@ CACHES = ("past_key_values", "past_key_value", "layer_past")
 #: Arguments that change nothing a block computes, whatever they hold.
 HARMLESS = (
     "position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict",
-    "num_items_in_batch", "logits_to_keep", *PACKED,
+    "num_items_in_batch", "logits_to_keep", "seq_idx", *PACKED,
 )  # fmt: skip
 
 
