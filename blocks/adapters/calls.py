@@ -18,6 +18,7 @@ from backfuse.blocks.lora import Adapters, LoRA
 
 from .attributes import attribute, implementation
 from .facts import change
+from .liger import forward_of_its_own
 from .masks import PACKED, seen_by
 from .peft import unwrap
 from .projections import projection
@@ -107,7 +108,7 @@ def weights_of(layer: nn.Module, recipe: Recipe) -> tuple[dict[str, Tensor], Ada
     drops = spec.attention_dropout or spec.residual_dropout or spec.activation_dropout
     for path, module in parts.items():
         facts = vars(module)
-        if facts["_forward_hooks"] or facts["_forward_pre_hooks"] or "forward" in facts:
+        if facts["_forward_hooks"] or facts["_forward_pre_hooks"] or forward_of_its_own(module):
             if not _inactive_hooks(module):
                 raise OwnForward(
                     f"{path} has a hook, or a forward of its own, which would not be called"
@@ -174,7 +175,7 @@ def _inactive_hooks(module: nn.Module) -> bool:
     """Whether a module's only hooks are transformers', which stay once outputs were asked for."""
     capturing = sys.modules.get("transformers.utils.output_capturing")
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    if capturing is None or "forward" in vars(module):
+    if capturing is None or forward_of_its_own(module):
         return False
     if any(getattr(hook, "__module__", None) != capturing.__name__ for hook in hooks):
         return False

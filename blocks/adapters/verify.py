@@ -20,6 +20,7 @@ from backfuse.blocks.spec import BlockSpec
 
 from .attributes import NotUnderstood, head_dim, implementation, residual_width, rotary_dims
 from .facts import numbers, remember
+from .liger import without_liger
 from .masks import masks_of, plain_attention
 from .recipe import Recipe, agrees
 from .recognise import Guess, Reading
@@ -156,7 +157,7 @@ def _understand_hf(layer: nn.Module, original: type[nn.Module]) -> Recipe:
     causal = any(getattr(module, "is_causal", False) for module in copy.modules())
     mask = visible(bool(causal)) if MASK in arguments and masks != "flash" else None
     x = random_input(width)
-    with plain_attention(copy) as windows:
+    with without_liger(copy), plain_attention(copy) as windows:
         for seen, position, rotary_dim, layouts in _observations(copy, x, arguments, mask):
             output, extra = only_output(seen.output)
             reading = Reading(copy, seen)
@@ -274,7 +275,7 @@ def same_but_for_number(
             for (path, name), value in numbers(other).items():
                 place = path.replace(".base_layer", "")
                 setattr(copy.get_submodule(place), name, value)
-            with plain_attention(copy) as windows:
+            with without_liger(copy), plain_attention(copy) as windows:
                 output, _ = only_output(run(copy, x, **given).output)
             expected = output if expected is None else expected
             like = recipe.masks != "flash" or windows == {recipe.spec.sliding_window}
