@@ -360,9 +360,6 @@ def test_another_attention_implementation_is_noticed(own):
     own.clear()
     model(**inputs)
     assert not own
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="its attention is 'flash_attention_2', expected 'sdpa'"):
-        patch(model)
 
 
 def test_calls_that_a_block_does_not_know(own):
@@ -399,7 +396,7 @@ def test_a_mask_that_says_what_the_spec_says_is_not_read(attention, monkeypatch)
     run = verify.block
 
     def note(*args, **given):
-        masks.append(given["attention_mask"])
+        masks.append(given.get("attention_mask"))
         return run(*args, **given)
 
     monkeypatch.setattr(verify, "block", note)

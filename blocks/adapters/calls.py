@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from backfuse.blocks.lora import Adapters, LoRA
-from backfuse.blocks.spec import BlockSpec
 
 from .attributes import attribute, implementation
 from .facts import change
+from .liger import forward_of_its_own
+from .masks import PACKED, seen_by
 from .peft import unwrap
 from .projections import projection
-from .recipe import Recipe
+from .recipe import OwnForward, Recipe
 from .stand_in import ANGLES, MASK
 
 #: Arguments that hold a cache of keys and values.
@@ -30,26 +31,22 @@ CACHES = ("past_key_values", "past_key_value", "layer_past")
 #: Arguments that change nothing a block computes, whatever they hold.
 HARMLESS = (
     "position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict",
-    "num_items_in_batch", "logits_to_keep",
+    "num_items_in_batch", "logits_to_keep", "seq_idx", *PACKED,
 )  # fmt: skip
-
-
-class OwnForward(Exception):
-    """Why the layer's own forward runs."""
 
 
 def arguments_of(
     layer: nn.Module, recipe: Recipe, args: Any, kwargs: dict[str, Any]
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
-    """Input, angles and mask of a call that a block can do."""
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, dict[str, Any]]:
+    """Input, angles, and what is seen (`seen_by`), of a call that a block can do."""
     given = dict(zip(recipe.arguments, args, strict=False))
     given.update(kwargs)
-    x, mask, position = (given.pop(n, None) for n in (recipe.arguments[0], MASK, ANGLES))
+    x, position = (given.pop(name, None) for name in (recipe.arguments[0], ANGLES))
     for name, value in given.items():
         if name in CACHES:
             if value is not None and not _unused_cache(layer, value):
                 raise OwnForward("it is given a cache of keys and values")
-        elif name not in HARMLESS and value is not None:
+        elif name not in (MASK, *HARMLESS) and value is not None:
             if value is not False or name == "is_causal":
                 raise OwnForward(f"it is given {name}, which a block does not know")
     if not isinstance(x, Tensor) or x.dim() != 3 or x.is_nested:
@@ -61,7 +58,7 @@ def arguments_of(
             f"its attention was {recipe.implementation!r} when it was patched and is "
             f"{implementation(layer)!r}; patch again"
         )
-    return x, _position(recipe, position), _mask(recipe, x, mask)
+    return x, _position(recipe, position), seen_by(recipe, x, given)
 
 
 def _unused_cache(layer: nn.Module, cache: Any) -> bool:
@@ -98,54 +95,6 @@ def _position(recipe: Recipe, position: Any) -> tuple[Tensor, Tensor] | None:
     return cos, sin
 
 
-def _mask(recipe: Recipe, x: Tensor, mask: Any) -> Tensor | None:
-    """The mask as a block takes it; None where its spec says what is seen."""
-    batch, seq_len = x.shape[:2]
-    spec = recipe.spec
-    if mask is None:
-        if not recipe.unmasked:
-            raise OwnForward("it is given no mask, which its attention takes for no causality")
-        if spec.sliding_window is not None and seq_len > spec.sliding_window:
-            raise OwnForward("it is given no mask, which its attention takes for no window")
-        return None
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.requires_grad:
-        raise OwnForward(f"its {MASK} is not [batch, heads, seq_len, seq_len]")
-    wanted = ((1, batch), (1, spec.num_attention_heads), (1, seq_len), (seq_len,))
-    if any(size not in sizes for size, sizes in zip(mask.shape, wanted, strict=True)):
-        raise OwnForward(f"its {MASK} is of shape {list(mask.shape)}, with {seq_len} tokens")
-    if not (mask.dtype == torch.bool or mask.is_floating_point()):
-        raise OwnForward(f"its {MASK} is {mask.dtype}")
-    traced = torch.compiler.is_compiling()  # a traced mask has no values yet
-    if mask.shape[2] == seq_len and not traced and _says_the_spec(mask, spec):
-        return None
-    return mask.expand(-1, -1, seq_len, -1)
-
-
-def _says_the_spec(mask: Tensor, spec: BlockSpec) -> bool:
-    """Whether a mask hides what the spec hides anyway: a block then needs not read it.
-
-    Eager attention and sliding windows always come with one. All layers are given the same tensor:
-    the answer is left on it. On a GPU finding it makes the host wait, once a step.
-    """
-    capturing = mask.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing or torch.compiler.is_compiling():
-        return False
-    known: dict[object, bool] = vars(mask).setdefault("_backfuse_says", {})
-    key = mask._version, spec.causal, spec.sliding_window
-    if key not in known:
-        tokens = torch.arange(mask.shape[-1], device=mask.device)
-        distance = tokens[:, None] - tokens
-        hidden = (distance < 0) if spec.causal else torch.zeros_like(distance, dtype=torch.bool)
-        if spec.sliding_window is not None:
-            hidden |= distance.abs() >= spec.sliding_window
-        if mask.dtype == torch.bool:
-            known[key] = bool((mask != hidden).all())
-        else:
-            lowest = torch.finfo(mask.dtype).min / 2
-            known[key] = bool(((mask <= lowest) == hidden).all() and (mask == 0).ne(hidden).all())
-    return known[key]
-
-
 def weights_of(layer: nn.Module, recipe: Recipe) -> tuple[dict[str, Tensor], Adapters]:
     """The live parameters by the spec's names, and PEFT's active LoRA with its own.
 
@@ -159,7 +108,7 @@ def weights_of(layer: nn.Module, recipe: Recipe) -> tuple[dict[str, Tensor], Ada
     drops = spec.attention_dropout or spec.residual_dropout or spec.activation_dropout
     for path, module in parts.items():
         facts = vars(module)
-        if facts["_forward_hooks"] or facts["_forward_pre_hooks"] or "forward" in facts:
+        if facts["_forward_hooks"] or facts["_forward_pre_hooks"] or forward_of_its_own(module):
             if not _inactive_hooks(module):
                 raise OwnForward(
                     f"{path} has a hook, or a forward of its own, which would not be called"
@@ -226,7 +175,7 @@ def _inactive_hooks(module: nn.Module) -> bool:
     """Whether a module's only hooks are transformers', which stay once outputs were asked for."""
     capturing = sys.modules.get("transformers.utils.output_capturing")
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    if capturing is None or "forward" in vars(module):
+    if capturing is None or forward_of_its_own(module):
         return False
     if any(getattr(hook, "__module__", None) != capturing.__name__ for hook in hooks):
         return False

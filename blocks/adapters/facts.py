@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .liger import is_ligers
+
 #: Path of a part -> its type, the names of its parameters, those of its attributes, their values.
 Facts = dict[str, tuple[type[nn.Module], tuple[str, ...], tuple[str, ...], tuple[Any, ...]]]
 
@@ -42,7 +44,9 @@ def alike(layer: nn.Module, original: type[nn.Module]) -> object:
         facts = tuple(
             (name, _key(value))
             for name, value in sorted(vars(module).items())
-            if name not in _IGNORED and not (is_number(name) and isinstance(value, int))
+            if name not in _IGNORED
+            and not (is_number(name) and isinstance(value, int))
+            and not is_ligers(value)
         )
         shapes = tuple((n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False))
         buffers = tuple((n, _key(b)) for n, b in module.named_buffers(recurse=False))

@@ -23,12 +23,13 @@ from backfuse.blocks.planner.plan import plan as make_plan
 from backfuse.blocks.policy import Policy, PolicyLike
 
 from .attributes import NotUnderstood
-from .calls import OwnForward, weights_of
+from .calls import weights_of
 from .facts import alike
+from .liger import is_ligers
 from .norms import is_norm
 from .patched import State, obstacle, original_class, state_of, swap, unswap
 from .projections import projection
-from .recipe import Recipe
+from .recipe import OwnForward, Recipe
 from .report import PatchedLayer, PatchReport
 from .verify import same_but_for_number, understand
 
@@ -225,6 +226,12 @@ def _own_obstacle(layer: nn.Module) -> str | None:
     """Why a layer cannot be patched whatever it is."""
     if "forward" in vars(layer):
         return "its forward was replaced on the instance (by hooks of accelerate, say)"
+    for path, module in layer.named_modules():
+        if is_ligers(type(module)):
+            return (
+                f"{path} is Liger's {type(module).__name__}, which no CPU runs: apply Liger to the "
+                "model that is there (model=..., or Trainer's use_liger_kernel)"
+            )
     return _foreign_adapter(layer)
 
 

@@ -22,8 +22,8 @@ from torch import nn
 
 from backfuse.blocks.policy import KEEP, NAMED_POLICIES, Policy
 
-from .calls import CACHES, OwnForward, arguments_of, weights_of
-from .recipe import Recipe
+from .calls import CACHES, arguments_of, weights_of
+from .recipe import OwnForward, Recipe
 from .torch_layers import run_torch, torch_arguments
 from .verify import run_hf
 

@@ -15,6 +15,10 @@ from .facts import Facts
 ROUNDING = 5e-5
 
 
+class OwnForward(Exception):
+    """Why the layer's own forward runs."""
+
+
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """How a layer is run by a block's functions.
@@ -31,6 +35,7 @@ class Recipe:
             what reads that; None for a whole block.
         kind: whose layer it is: `"hf"` (called as those of transformers are), or of `torch.nn`:
             `"encoder"` or `"decoder"`.
+        masks: how its attention is told what tokens see (see `masks.py`).
         facts: what its parts were when it was read.
     """
 
@@ -43,6 +48,7 @@ class Recipe:
     implementation: str | None
     rest: tuple[str, str] | None = None
     kind: str = "hf"
+    masks: str = "tensor"
     facts: Facts = field(default_factory=dict)
 
     @cached_property

@@ -19,8 +19,7 @@ from backfuse.blocks.spec import BlockSpec
 from backfuse.kernels.reference.activation import ACTIVATIONS
 
 from .attributes import NotUnderstood
-from .calls import OwnForward
-from .recipe import Recipe, agrees
+from .recipe import OwnForward, Recipe, agrees
 from .stand_in import SEQ_LEN, random_input, stand_in
 
 KINDS = {nn.TransformerEncoderLayer: "encoder", nn.TransformerDecoderLayer: "decoder"}

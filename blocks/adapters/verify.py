@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from backfuse.blocks.function import attention, block
 from backfuse.blocks.policy import KEEP, Policy
+from backfuse.blocks.spec import BlockSpec
 
 from .attributes import NotUnderstood, head_dim, implementation, residual_width, rotary_dims
 from .facts import numbers, remember
+from .liger import without_liger
+from .masks import masks_of, plain_attention
 from .recipe import Recipe, agrees
 from .recognise import Guess, Reading
 from .stand_in import (
@@ -34,9 +37,6 @@ from .stand_in import (
     visible,
 )
 from .torch_layers import torch_kind, understand_torch
-
-#: Attention implementations of transformers whose masks are tensors of what each token sees.
-IMPLEMENTATIONS = (None, "sdpa", "eager")
 
 
 def only_output(output: object) -> tuple[Tensor, int | None]:
@@ -61,7 +61,7 @@ def run_hf(
     options: dict[str, Any],
     x: Tensor,
     position: tuple[Tensor, Tensor] | None,
-    mask: Tensor | None,
+    seen: Mapping[str, Any],
 ) -> Tensor:
     """A layer's output: a block, or its attention half and what is the layer's own.
 
@@ -73,9 +73,9 @@ def run_hf(
         options: see `TransformerBlock`; `training`: whether dropout is active.
         x: `[batch, seq_len, width]`.
         position: cos and sin, or None.
-        mask: see `TransformerBlock.forward`.
+        seen: of the arguments of `TransformerBlock.forward` those that say what tokens see.
     """
-    given: dict[str, Any] = {ANGLES: position, MASK: mask, **options}
+    given: dict[str, Any] = {ANGLES: position, **seen, **options}
     if recipe.rest is None:
         return block(x, weights, recipe.spec, policy, **given)
     for name in ("ffn_strategy", "offload_dir"):
@@ -92,7 +92,7 @@ def _run_guess(
     own = dict(layer.named_parameters())
     weights = {name: own[path] for name, path in guess.names.items()}
     position = position if guess.spec.rope else None
-    return run_hf(layer, guess, KEEP, weights, {}, x, position, mask)
+    return run_hf(layer, guess, KEEP, weights, {}, x, position, {MASK: mask})
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -146,11 +146,7 @@ def understand(layer: nn.Module, original: type[nn.Module]) -> Recipe:
 
 def _understand_hf(layer: nn.Module, original: type[nn.Module]) -> Recipe:
     """The recipe of a layer that is called as those of transformers are."""
-    used = implementation(layer)
-    if used not in IMPLEMENTATIONS:
-        raise NotUnderstood(
-            f"its attention is {used!r}, expected 'sdpa' or 'eager' (model.set_attn_implementation)"
-        )
+    masks = masks_of(layer)
     arguments, needed = forward_arguments(original)
     others = sorted(needed - {*arguments[:1], MASK, ANGLES})
     if not arguments or others:
@@ -159,21 +155,35 @@ def _understand_hf(layer: nn.Module, original: type[nn.Module]) -> Recipe:
     width = residual_width(layer)
     copy = stand_in(layer, original)
     causal = any(getattr(module, "is_causal", False) for module in copy.modules())
-    mask = visible(bool(causal)) if MASK in arguments else None
+    mask = visible(bool(causal)) if MASK in arguments and masks != "flash" else None
     x = random_input(width)
-    for seen, position, rotary_dim, layouts in _observations(copy, x, arguments, mask):
-        output, extra = only_output(seen.output)
-        reading = Reading(copy, seen)
-        for layout in layouts:
-            for guess in reading.guesses(rotary_dim if layout else None, layout):
-                with torch.no_grad():
-                    ours = _run_guess(copy, guess, x, position, mask)
-                if not agrees(ours, output, x):
-                    continue
-                _check_positions(copy, original, output, x, position, mask)
-                unmasked = mask is None or _unmasked(copy, guess, x, position)
-                return _recipe(layer, guess, arguments, extra, unmasked)
+    with without_liger(copy), plain_attention(copy) as windows:
+        for seen, position, rotary_dim, layouts in _observations(copy, x, arguments, mask):
+            output, extra = only_output(seen.output)
+            reading = Reading(copy, seen)
+            for layout in layouts:
+                for guess in reading.guesses(rotary_dim if layout else None, layout):
+                    with torch.no_grad():
+                        ours = _run_guess(copy, guess, x, position, mask)
+                    if not agrees(ours, output, x):
+                        continue
+                    _check_positions(copy, original, output, x, position, mask)
+                    unmasked = mask is None or _unmasked(copy, guess, x, position)
+                    if masks == "flash":
+                        guess = replace(guess, spec=_windowed(guess.spec, windows))
+                    return replace(_recipe(layer, guess, arguments, extra, unmasked), masks=masks)
     raise NotUnderstood("what was made of its parts gives other numbers than it does")
+
+
+def _windowed(spec: BlockSpec, windows: set[int | None]) -> BlockSpec:
+    """A spec with the window that its layer hands to FlashAttention, whose masks say nothing of it.
+
+    Raises:
+        NotUnderstood: for a layer that calls it in another way.
+    """
+    if len(windows) != 1:
+        raise NotUnderstood("its attention is not called as transformers calls FlashAttention")
+    return spec.replace(sliding_window=next(iter(windows)))
 
 
 def _check_positions(
@@ -253,18 +263,21 @@ def same_but_for_number(
         copy = stand_in(layer, original)
         x = random_input(recipe.spec.hidden_size)
         given: dict[str, Any] = {}
-        if MASK in recipe.arguments:
+        if MASK in recipe.arguments and recipe.masks != "flash":
             given[MASK] = visible(recipe.spec.causal)
         if ANGLES in recipe.arguments:
             width = recipe.spec.hidden_size
             rope = recipe.spec.rotary_dim if recipe.spec.rope else None
             given[ANGLES] = angles(rope or rotary_dims(layer, head_dim(layer, width))[0], "half")
-        expected, _ = only_output(run(copy, x, **given).output)
         same = []
-        for other in others:
+        expected = None
+        for other in (layer, *others):
             for (path, name), value in numbers(other).items():
                 place = path.replace(".base_layer", "")
                 setattr(copy.get_submodule(place), name, value)
-            output, _ = only_output(run(copy, x, **given).output)
-            same.append(agrees(output, expected, x))
-    return same
+            with without_liger(copy), plain_attention(copy) as windows:
+                output, _ = only_output(run(copy, x, **given).output)
+            expected = output if expected is None else expected
+            like = recipe.masks != "flash" or windows == {recipe.spec.sliding_window}
+            same.append(like and agrees(output, expected, x))
+    return same[1:]
