@@ -1,6 +1,7 @@
 """Plans: what they promise is what an applied stack holds; files, mistakes, the command."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from families import FAMILIES, held_bytes, make_input, results, same_bits
 
 import backfuse
 from backfuse import BlockSpec, BlockStack, Plan, cli, rope_cos_sin
+from backfuse.bench import frontier
 from backfuse.bench.shapes import SHAPES
 from backfuse.blocks.devices import Device
 from backfuse.blocks.offload import line
@@ -270,7 +272,21 @@ COMMAND = ["plan", "--layers", "8", "--seq-len", "2048", "--device", "h200"]
 SHAPE = ["--shape", "llama-3.2-1b"]
 
 
-def test_the_command_shows_saves_and_draws(tmp_path, capsys):
+def test_the_command_shows_saves_and_draws(tmp_path, capsys, monkeypatch):
+    labels = []
+    told = frontier.label_points
+
+    def label_points(figure, axes, points, lines):
+        told(figure, axes, points, lines)
+        figure.canvas.draw()
+        frame = axes.get_window_extent()
+        texts = [text for text in axes.texts if text.get_text()]
+        boxes = [text.get_window_extent() for text in texts]
+        assert all(frame.contains(*corner) for box in boxes for corner in (box.min, box.max))
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        labels.extend(name for text in texts for name in text.get_text().split(", "))
+
+    monkeypatch.setattr(frontier, "label_points", label_points)
     path, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     files = ["--json", str(path), "--plot", str(picture)]
     assert cli.main([*COMMAND, *SHAPE, "--budget", "200MiB", *files]) == 0
@@ -280,6 +296,10 @@ def test_the_command_shows_saves_and_draws(tmp_path, capsys):
     assert plan.explain() in out and "attn_out" in out.splitlines()[0]
     assert "budget of 100.00 MiB: " in out and "budget of 400.00 MiB: " in out
     assert picture.read_bytes().startswith(b"\x89PNG")
+    rivals = {f"checkpoint{every}" for every in ("", " every 2", " every 4")}
+    strategies = {"uniform 2", "uniform 4", "sqrt", "recursive", "strategy chain"}
+    assert {*NAMED_POLICIES, *rivals, *strategies, "strategy selective", "this plan"} == set(labels)
+    assert len(set(labels)) == len(labels) and "-0.00%" not in out
 
 
 def test_the_command_takes_sizes_and_strategies(capsys):

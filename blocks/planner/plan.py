@@ -241,7 +241,7 @@ class Plan:
     @property
     def overhead(self) -> float:
         """What a step takes longer than if everything were kept, as a fraction of that."""
-        return self.seconds / self.keep[1] - 1 if self.keep[1] else 0.0
+        return max(0.0, self.seconds / self.keep[1] - 1) if self.keep[1] else 0.0
 
     def runs(self) -> Iterator[tuple[int, int, Segments, Policy, Choice]]:
         """Runs of like segments: first layer, layers, segment, policy, what each segment costs."""
