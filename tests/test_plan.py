@@ -220,6 +220,7 @@ def test_a_plan_that_does_not_fit_changes_nothing(spec, layers, message):
         ({"host_budget": 1.5}, TypeError, "host_budget is 1.5"),
         ({"strategy": "optimum"}, ValueError, "strategy is 'optimum'.*did you mean 'optimal'"),
         ({"allow": ("ofload",)}, ValueError, "did you mean 'offload'"),
+        ({"allow": "offload"}, TypeError, "allow is 'offload', expected a collection"),
         ({"strategy": "sqrt", "allow": ()}, ValueError, "expected 'recompute' among it"),
         ({"device": "h20"}, ValueError, "device is 'h20'.*did you mean 'h200'"),
         ({"num_layers": 0}, ValueError, "num_layers is 0"),

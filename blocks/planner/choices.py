@@ -158,7 +158,9 @@ def segment_choice(spec: BlockSpec, part: Segments, **sizes: Any) -> Choice:
 
 
 def check_allow(allow: Collection[str]) -> None:
-    """Raise a ValueError for actions that a plan cannot use."""
+    """Raise a TypeError for a single name, a ValueError for actions that a plan cannot use."""
+    if isinstance(allow, str):
+        raise TypeError(f"allow is {allow!r}, expected a collection of actions")
     for action in allow:
         if action not in ALLOWED:
             raise ValueError(

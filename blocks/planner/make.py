@@ -18,6 +18,7 @@ from backfuse.blocks.spec import BlockSpec
 from backfuse.blocks.stack import Segments
 
 from .arguments import budget_bytes, specs_of, wanted_by
+from .choices import check_allow
 from .optimal import Limits
 from .plan import Plan
 from .profile import device_here, profiled
@@ -88,6 +89,7 @@ def plan(
         ValueError: for sizes, names, strategies, devices, dtypes or actions that do not exist, and
             for a live model whose layers are not understood, as a whole and all alike in adapters.
     """
+    check_allow(allow)
     given = model_or_spec
     live = live_layers(given) if isinstance(given, nn.Module) else given
     if isinstance(live, LiveLayers):

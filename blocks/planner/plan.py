@@ -35,12 +35,15 @@ from backfuse.blocks.stack import Segments, layers_in, parse_segments
 from . import plan_file, words
 from .byte_sizes import parse_bytes
 from .choices import Choice, check_allow, layer_choice, segment_choice
-from .optimal import BudgetError, Mix
+from .optimal import BudgetError, Limits, Mix
 from .scratch import default_chunk
 from .search import FULL, search
 from .step import Event, Fixed, LayerBytes, ModelSpec, fixed, layer_bytes, timeline
 
 STRATEGIES = ("optimal", "uniform", "sqrt", "recursive", "chain", "selective", "manual")
+
+#: For a budget: as the plan has it.
+SAME = "same"
 
 #: Tokens or sequences beyond which `Plan.max_seq_len` and `max_batch_size` do not look.
 MOST = 2**24
@@ -309,24 +312,45 @@ class Plan:
         """
         return search(replace(self, **limits))
 
-    def max_seq_len(self, **budgets: int | str | None) -> int:
+    def max_seq_len(
+        self,
+        budget: int | str | None = SAME,
+        *,
+        peak_budget: int | str | None = SAME,
+        host_budget: int | str | None = SAME,
+    ) -> int:
         """The longest sequences, up to `MOST`, for which there is such a plan, made anew for each.
 
+        A plan that may offload everything keeps next to nothing on the device: what ends it then
+        is `peak_budget` or `host_budget`.
+
         Args:
-            budgets: `budget`, `peak_budget`, `host_budget`; those not named stay.
+            budget: bytes as for `plan`, None for any number; `"same"`: the plan's own.
+            peak_budget: likewise.
+            host_budget: likewise.
 
         Raises:
             BudgetError: if there is none even for one token.
-            ValueError: without any budget, and for one that is none.
+            TypeError, ValueError: without any budget, and for one that is none.
         """
-        return self._largest("seq_len", budgets)
+        return self._largest("seq_len", (budget, peak_budget, host_budget))
 
-    def max_batch_size(self, **budgets: int | str | None) -> int:
+    def max_batch_size(
+        self,
+        budget: int | str | None = SAME,
+        *,
+        peak_budget: int | str | None = SAME,
+        host_budget: int | str | None = SAME,
+    ) -> int:
         """The same for sequences in a batch."""
-        return self._largest("batch_size", budgets)
+        return self._largest("batch_size", (budget, peak_budget, host_budget))
 
-    def _largest(self, name: str, budgets: dict[str, int | str | None]) -> int:
-        limits = {n: None if v is None else parse_bytes(n, v) for n, v in budgets.items()}
+    def _largest(self, name: str, budgets: tuple[int | str | None, ...]) -> int:
+        limits = {
+            n: None if v is None else parse_bytes(n, v)
+            for n, v in zip(Limits._fields, budgets, strict=True)
+            if v != SAME
+        }
         start = replace(self, **limits)  # type: ignore[arg-type]
         if start.budget is None and start.peak_budget is None:
             raise ValueError("budget and peak_budget are None, expected one of them")
