@@ -161,8 +161,8 @@ def draw(
         ("\n" if count == 1 else " ").join(lines),
         x=0.01, ha="left", fontsize=12, fontweight="bold",
     )  # fmt: skip
-    for axes, told, lines in drawn:
-        label_points(figure, axes, told, lines)
+    for axes, told, curves in drawn:
+        label_points(figure, axes, told, curves)
     figure.savefig(path)
     pyplot.close(figure)
 

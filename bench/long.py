@@ -199,6 +199,8 @@ def slopes(rows: pd.DataFrame) -> pd.DataFrame:
     """
     found = []
     for (provider, policy), one in rows.groupby(["provider", "policy"], sort=False):
+        depths = one.groupby("tokens")["layers"].transform("nunique")
+        one = one[depths == depths.max()]  # a number of tokens at one depth would bend the rest
         tokens = one["tokens"].to_numpy(float)
         layers = one["layers"].to_numpy(float)
         terms = np.stack([np.ones_like(tokens), layers, tokens, tokens * layers], axis=1)
