@@ -22,12 +22,22 @@ from backfuse.blocks.planner.step import Event
 from backfuse.blocks.policy import NAMED_POLICIES
 
 from .options import require
+from .plot import label_points
 from .shapes import SHAPES
 
 #: Curve -> the actions beside `keep` that it may use, and its colour.
 CURVES = {
     "recompute": (("recompute",), "#3b6ea5"),
     "recompute and offload": (("recompute", "offload"), "#c8323c"),
+}
+
+
+#: What a point is -> its marker and colour; those behind cover those before.
+MARKS = {
+    "a policy in every layer": ("o", "#333333"),
+    "torch.utils.checkpoint": ("^", "#009e73"),
+    "a strategy": ("s", "#7a5195"),
+    "this plan": ("D", "#d08700"),
 }
 
 
@@ -92,7 +102,7 @@ class Setting:
         extra = (costs.step + sum(waits)) / keep.step - 1
         return costs.kept_bytes / self.tokens / 1024, extra
 
-    def rivals(self) -> dict[str, tuple[float, float]]:
+    def rivals(self) -> dict[str, tuple[float, float, str]]:
         """The same of `torch.utils.checkpoint` around each layer, or around every k layers.
 
         It replays the forward pass, but for what its early stop leaves out: the last down
@@ -106,16 +116,16 @@ class Setting:
         x = keep.kept["x"] / self.tokens / 1024
         return {
             f"checkpoint{f' every {k}' if k > 1 else ''}": (
-                x / k, (keep.forward - down / k) / keep.step
+                x / k, (keep.forward - down / k) / keep.step, "torch.utils.checkpoint"
             )
-            for k in (1, 4)
+            for k in (1, 2, 4)
         }  # fmt: skip
 
 
 def draw(
     settings: Sequence[Setting],
     path: Path,
-    points: Mapping[str, tuple[float, float]] | None = None,
+    points: Mapping[str, tuple[float, float, str]] | None = None,
     timeline: Sequence[Event] | None = None,
 ) -> None:
     """Draws a panel for each setting, side by side, into a PNG.
@@ -123,7 +133,8 @@ def draw(
     Args:
         settings: what of.
         path: the file.
-        points: label -> KiB per token and layer, and extra time, of plans to show as well.
+        points: label -> KiB per token and layer, extra time, and a key of `MARKS`, of what to show
+            as well.
         timeline: a step's events, for one more panel.
 
     Raises:
@@ -134,19 +145,15 @@ def draw(
     pyplot = require("matplotlib.pyplot")
     count = len(settings) + (timeline is not None)
     figure, panels = pyplot.subplots(
-        1, count, figsize=(5.2 * count, 4.4), dpi=150, layout="constrained", squeeze=False,
+        1, count, figsize=(6 * count, 5), dpi=150, layout="constrained", squeeze=False,
         sharey=timeline is None,
     )  # fmt: skip
     if timeline is not None:
         _step(panels[0][-1], timeline)
-    for axes, setting in zip(panels[0], settings, strict=False):
-        _panel(axes, setting)
-        for name, (kib, extra) in (points or {}).items():
-            axes.plot(kib, 100 * extra, "D", color="#5b8c3a", markersize=5, zorder=3)
-            place = {"checkpoint": (32, 3), "this plan": (-4, -14)}.get(name, (7, 3))
-            axes.annotate(
-                name, (kib, 100 * extra), textcoords="offset points", xytext=place, fontsize=9,
-            )  # fmt: skip
+    drawn = [
+        (axes, *_panel(axes, setting, points or {}))
+        for axes, setting in zip(panels[0], settings, strict=False)
+    ]
     panels[0][0].set_ylabel("extra time of a step, %")
     panels[0][len(settings) - 1].legend(frameon=False, fontsize=9, loc="upper right")
     lines = "Held on the device against time:", "a model, nothing here was measured"
@@ -154,35 +161,53 @@ def draw(
         ("\n" if count == 1 else " ").join(lines),
         x=0.01, ha="left", fontsize=12, fontweight="bold",
     )  # fmt: skip
+    for axes, told, curves in drawn:
+        label_points(figure, axes, told, curves)
     figure.savefig(path)
     pyplot.close(figure)
 
 
-def _panel(axes: Any, setting: Setting) -> None:
+def _panel(
+    axes: Any, setting: Setting, points: Mapping[str, tuple[float, float, str]]
+) -> tuple[list[tuple[str, float, float, str]], list[Any]]:
+    """Draws curves and points; returns what `label_points` takes: points that coincide are one."""
     top = setting.policy("keep")[0]
+    lines: list[Any] = []
     for label, (allow, colour) in CURVES.items():
         choices = setting.choices(allow)
-        points = []
+        curve = []
         for step in range(201):
-            kib = top * step / 200
+            kib = top * (step / 200) ** 2  # the closer together, the less is held
             mix = setting.mix(choices, kib)
             if mix is not None:
-                points.append((kib, 100 * mix.overhead))
-        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.8, label=label)
-    for name in NAMED_POLICIES:
-        kib, extra = setting.policy(name)
-        axes.plot(kib, 100 * extra, "o", color="#333333", markersize=5, zorder=3)
-        place, side = {"offload": ((5, -12), "left"), "keep": ((0, -14), "right")}.get(
-            name, ((7, 3), "left")
-        )
-        axes.annotate(
-            name, (kib, 100 * extra), textcoords="offset points", xytext=place, ha=side, fontsize=9,
-        )  # fmt: skip
+                curve.append((kib, 100 * mix.overhead))
+        lines += axes.plot(*zip(*curve, strict=True), color=colour, linewidth=1.8, label=label)
+    shown = {name: (*setting.policy(name), "a policy in every layer") for name in NAMED_POLICIES}
+    shown |= points
+    highest = max(extra for _, extra, _ in shown.values())
+    told: dict[tuple[float, float], tuple[list[str], str]] = {}
+    for mark, (marker, colour) in MARKS.items():
+        own = {name: (kib, extra) for name, (kib, extra, m) in shown.items() if m == mark}
+        for name, (kib, extra) in own.items():
+            near = (
+                place for place in told
+                if abs(place[0] - kib) < 0.01 * top and abs(place[1] - extra) < 0.01 * highest
+            )  # fmt: skip
+            told.setdefault(next(near, (kib, extra)), ([], colour))[0].append(name)
+        if own:
+            axes.plot(
+                *zip(*((kib, 100 * extra) for kib, extra in own.values()), strict=True), marker,
+                color=colour, markersize=6, zorder=3, label=mark,
+            )  # fmt: skip
     device = setting.device if isinstance(setting.device, str) else setting.device.name
     axes.set_title(f"{setting.title}, one layer on {device}", loc="left", fontsize=10)
-    axes.set_xlabel("KiB per token and layer on the device")
+    axes.set_xscale("symlog", base=2, linthresh=1)  # what is offloaded holds next to nothing
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("KiB per token and layer on the device (log scale from 1)")
     axes.margins(x=0.06, y=0.1)
     _plain(axes)
+    labels = [(", ".join(names), x, 100 * y, colour) for (x, y), (names, colour) in told.items()]
+    return labels, lines
 
 
 def _step(axes: Any, events: Sequence[Event]) -> None:

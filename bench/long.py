@@ -78,10 +78,11 @@ def _by_checkpoints(mlp: nn.Module, x: Tensor) -> Tensor:
 
 
 def _by_deepspeed(mlp: nn.Module, x: Tensor) -> Tensor:
-    """DeepSpeed's function, with as many tiles as its documentation has; never run here."""
+    """DeepSpeed's function, with as many tiles as its documentation has."""
     module = importlib.import_module("deepspeed.runtime.sequence_parallel.ulysses_sp")
     tiles = math.ceil(x.shape[1] / x.shape[2])
-    out: Tensor = module.TiledMLP.apply(lambda mlp, tile: mlp(tile), mlp, x, tiles, None)
+    weights = list(mlp.parameters())  # of 0.19 it makes a list, though it says None will do
+    out: Tensor = module.TiledMLP.apply(lambda mlp, tile: mlp(tile), mlp, x, tiles, weights)
     return out
 
 
@@ -141,6 +142,8 @@ def slopes(rows: pd.DataFrame) -> pd.DataFrame:
     """
     found = []
     for (provider, policy), one in rows.groupby(["provider", "policy"], sort=False):
+        depths = one.groupby("tokens")["layers"].transform("nunique")
+        one = one[depths == depths.max()]  # a number of tokens at one depth would bend the rest
         tokens = one["tokens"].to_numpy(float)
         layers = one["layers"].to_numpy(float)
         terms = np.stack([np.ones_like(tokens), layers, tokens, tokens * layers], axis=1)
@@ -157,25 +160,32 @@ def slopes(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found, columns=names)
 
 
+def of_one_depth(rows: pd.DataFrame) -> pd.DataFrame:
+    """Those of the stacks that were measured most often, of several depths the deepest."""
+    counts = rows["layers"].value_counts().sort_index()
+    return rows[rows["layers"] == counts[counts == counts.max()].index[-1]]
+
+
 def text(rows: pd.DataFrame) -> str:
-    """The rows for people: peaks of the deepest stack, and slopes."""
-    deepest = rows[rows["layers"] == rows["layers"].max()]
+    """The rows for people: peaks of the stacks of one depth, and slopes."""
+    shown = of_one_depth(rows)
     lines = []
     for _, one in slopes(rows).iterrows():
-        own = (deepest["provider"] == one["provider"]) & (deepest["policy"] == one["policy"])
+        own = (shown["provider"] == one["provider"]) & (shown["policy"] == one["policy"])
         peaks = {
             f"{row['tokens'] / 1024:g}k": f"{row['peak_bytes'] / MIB:,.1f}"
-            for _, row in deepest[own].sort_values("tokens").iterrows()
+            for _, row in shown[own].sort_values("tokens").iterrows()
         }
         numbers = {
             "B/token, layer": one["per_layer"], "B/token, once": one["once"],
             "kept B/token, layer": one["kept_per_layer"],
         }  # fmt: skip
-        shown = {name: f"{value:,.1f}" for name, value in numbers.items()}
-        lines.append({"": name_of(one), **peaks, **shown})
+        lines.append({
+            "": name_of(one), **peaks, **{name: f"{v:,.1f}" for name, v in numbers.items()}
+        })  # fmt: skip
     if not lines:
         return "too little was measured for a slope"
-    head = f"peak of {deepest['layers'].iloc[0]} layers in MiB, by tokens; slopes of the peak"
+    head = f"peak of {shown['layers'].iloc[0]} layers in MiB, by tokens; slopes of the peak"
     return f"{head}\n{pd.DataFrame(lines).fillna('').to_string(index=False)}"
 
 
@@ -320,7 +330,7 @@ def run(
     if csv:
         print(f"wrote {csv}")
     if plot:
-        deepest = rows.loc[rows["layers"].idxmax()]
-        plot_slopes(rows, slopes(rows), plot, describe(deepest, tokens=False))
+        shown = of_one_depth(rows)
+        plot_slopes(shown, slopes(rows), plot, describe(shown.iloc[0], tokens=False))
         print(f"wrote {plot}")
     return code or int(long.failed)

@@ -102,31 +102,31 @@ def plot_rate(rows: pd.DataFrame, path: Path) -> None:
 
 
 def plot_slopes(rows: pd.DataFrame, slopes: pd.DataFrame, path: Path, subtitle: str) -> None:
-    """Peaks of the deepest stack against tokens, slopes in the legend: see `long.py`.
+    """Peaks of a stack against tokens, slopes in the legend: see `long.py`.
 
     Args:
-        rows: of one shape, several numbers of tokens and of layers.
+        rows: of one shape and number of layers, several numbers of tokens.
         slopes: of each contender, as `long.slopes` gives them.
         path: of the picture.
         subtitle: the set-up.
     """
-    deepest = rows[rows["layers"] == rows["layers"].max()].sort_values("tokens")
+    rows = rows.sort_values("tokens")
     title = "Device memory of a step, by the length of the sequence"
     seen = dict.fromkeys(FAMILIES, 0)
     with _figure(path, title, subtitle, height=6.0) as axes:
         for _, one in slopes.iterrows():
-            own = (deepest["provider"] == one["provider"]) & (deepest["policy"] == one["policy"])
+            own = (rows["provider"] == one["provider"]) & (rows["policy"] == one["policy"])
             group = family(one["provider"])
             colour, marker, _ = FAMILIES[group]
             style, seen[group] = STYLES[seen[group] % len(STYLES)], seen[group] + 1
             axes.plot(
-                deepest[own]["tokens"], deepest[own]["peak_bytes"] / MIB, color=colour,
+                rows[own]["tokens"], rows[own]["peak_bytes"] / MIB, color=colour,
                 marker=marker, markersize=5, linestyle=style,
                 label=f"{name_of(one)}: {one['once']:,.0f} and {one['per_layer']:,.0f} a layer",
             )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        ticks = sorted(set(deepest["tokens"]))
+        ticks = sorted(set(rows["tokens"]))
         axes.set_xticks(ticks, [f"{tokens / 1024:g}k" for tokens in ticks])
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.minorticks_off()

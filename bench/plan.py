@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import pandas as pd
 from backfuse import BlockSpec, ModelSpec, Plan, plan
 from backfuse.blocks.planner.byte_sizes import format_bytes
 from backfuse.blocks.planner.optimal import BudgetError
+from backfuse.blocks.planner.schedules import recursive, sqrt, uniform
+from backfuse.blocks.planner.search import FULL
+from backfuse.blocks.stack import Segments
 
 from .frontier import Setting, draw
 from .options import DTYPES, choose, default_device, require
@@ -117,21 +121,32 @@ def scaled(made: Plan) -> list[str]:
     return lines
 
 
-def _points(made: Plan) -> dict[str, tuple[float, float]]:
-    """The plan and the schedules -> KiB per token and layer, and extra time."""
-    plans = {"this plan": made}
-    if "recompute" in made.allow and len(made.kinds) == 1:
-        for name in ("sqrt", "recursive"):
-            free = plan(
-                made.spec,
-                num_layers=made.num_layers,
-                strategy=name,
-                allow=made.allow,
-                **made.own_sizes,
-            )
-            plans[name] = free
+def _points(made: Plan) -> dict[str, tuple[float, float, str]]:
+    """The plan and the strategies, for a picture: see `draw`.
+
+    What has no choice (`sqrt`, `recursive`, `uniform` of 2 and 4 layers) is shown whatever the
+    budgets, the other strategies under those of the plan.
+    """
+    plans = {}
+    free = replace(made, budget=None, peak_budget=None, host_budget=None)
+    if len(made.kinds) == 1:
+        layers = made.num_layers
+        schedules: dict[str, Sequence[Segments]] = {
+            "uniform 2": uniform(layers, 2), "uniform 4": uniform(layers, 4),
+            "sqrt": sqrt(layers), "recursive": recursive(layers),
+        }  # fmt: skip
+        for name, parts in schedules.items():
+            plans[name] = replace(free, policies=(FULL,) * layers, segments=tuple(parts))
+    limits = {name: getattr(made, name) for name in ("budget", "peak_budget", "host_budget")}
+    for name in ("chain", "selective"):
+        try:
+            start = replace(free, allow=("recompute",), strategy=name)
+            plans[f"strategy {name}"] = start.within(**limits)
+        except ValueError:  # beyond its means
+            continue
     per = made.num_layers * made.batch_size * made.seq_len * 1024
-    return {name: (one.kept_bytes / per, one.overhead) for name, one in plans.items()}
+    points = {n: (one.kept_bytes / per, one.overhead, "a strategy") for n, one in plans.items()}
+    return points | {"this plan": (made.kept_bytes / per, made.overhead, "this plan")}
 
 
 def run(
@@ -225,6 +240,6 @@ def run(
     if plot:
         title = shape or (f"hidden {specs[0].hidden_size}" if config is None else config.stem)
         setting = Setting(title, seq_len, made.device, specs[0], batch_size, made.dtype)
-        draw([setting], plot, _points(made) | setting.rivals(), made.timeline() if model else None)
+        draw([setting], plot, setting.rivals() | _points(made), made.timeline() if model else None)
         print(f"wrote {plot}")
     return 0

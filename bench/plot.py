@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,38 +169,47 @@ def tradeoff(
     axes.set_ylabel(time_label)
     head(axes, title, subtitle)
     axes.legend(frameon=False, fontsize=9)
-    _label(figure, axes, points, lines)
+    told = [(p.label, p.held, p.time, FAMILIES[p.family][0]) for p in points]
+    label_points(figure, axes, told, lines)
     figure.savefig(path)
     pyplot.close(figure)
 
 
-def _label(figure: Any, axes: Any, points: Sequence[Point], lines: Sequence[Any]) -> None:
-    """Writes each point's label where it covers no marker and no label, and hardly a line."""
+def label_points(
+    figure: Any,
+    axes: Any,
+    points: Sequence[tuple[str, float, float, str]],
+    lines: Sequence[Any],
+) -> None:
+    """Writes each point's label where it covers no marker and no label, and hardly a line.
+
+    Args:
+        figure: with its layout and legend as they will be.
+        axes: of the points.
+        points: label, both coordinates, colour.
+        lines: of matplotlib's, to be left free where that is possible.
+    """
     transforms = require("matplotlib.transforms")
     figure.canvas.draw()
     pixels = figure.dpi / 72
-    markers = [axes.transData.transform((point.held, point.time)) for point in points]
+    markers = [axes.transData.transform((x, y)) for _, x, y, _ in points]
     half = 5 * pixels
     taken = [transforms.Bbox([[x - half, y - half], [x + half, y + half]]) for x, y in markers]
-    taken.append(axes.get_legend().get_window_extent())
+    if axes.get_legend() is not None:
+        taken.append(axes.get_legend().get_window_extent())
     paths = [axes.transData.transform_path(line.get_path()) for line in lines]
     frame = axes.get_window_extent()
     # In points of type, the nearest places first.
     places = [
         (dx * reach, dy * reach)
-        for reach in (1, 1.7, 2.5, 3.4)
+        for reach in (1, 1.7, 2.5, 3.4, 5, 7)
         for dx, dy in ((0, 8), (0, -8), (8, 5), (-8, 5), (8, -5), (-8, -5), (9, 0), (-9, 0))
     ]
-    for point in points:
+    for told, x, y, colour in points:
         text = axes.annotate(
-            point.label,
-            (point.held, point.time),
-            textcoords="offset points",
-            xytext=(0, 0),
-            fontsize=9,
-            color=FAMILIES[point.family][0],
+            told, (x, y), textcoords="offset points", xytext=(0, 0), fontsize=9, color=colour,
             zorder=4,
-        )
+        )  # fmt: skip
 
         def put(dx: float, dy: float, text: Any = text) -> Any:
             text.set_position((dx, dy))
@@ -207,10 +217,16 @@ def _label(figure: Any, axes: Any, points: Sequence[Point], lines: Sequence[Any]
             text.set_va("center" if dx else "bottom" if dy > 0 else "top")
             return text.get_window_extent().padded(pixels)
 
-        def badness(place: tuple[float, float]) -> tuple[bool, int]:
+        def badness(place: tuple[float, float]) -> tuple[int, int]:
             box = put(*place)
             outside = not (frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1))
-            covers = outside or any(box.overlaps(other) for other in taken)
+            covers = len(taken) * outside + sum(box.overlaps(other) for other in taken)
             return covers, sum(path.intersects_bbox(box, filled=False) for path in paths)
 
-        taken.append(put(*min(places, key=badness)))
+        dx, dy = min(places, key=badness)
+        taken.append(put(dx, dy))
+        if math.hypot(dx, dy) > 15:  # too far off to be told whose it is
+            line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 4}
+            axes.annotate(
+                "", (x, y), textcoords="offset points", xytext=(dx, dy), arrowprops=line
+            )

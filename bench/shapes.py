@@ -38,8 +38,8 @@ SHAPES: dict[str, BlockSpec] = {
 
 #: What a CPU can be asked: small Llamas, FFN 8/3 of the hidden size as theirs.
 SMALL_SHAPES: dict[str, BlockSpec] = {
-    f"small-{h}": BlockSpec(h, f, h // 64, head_dim=64)
-    for h, f in ((64, 192), (512, 1408), (768, 2048), (1024, 2816))
+    f"small-{h}": BlockSpec(h, f, max(1, h // 64), head_dim=min(h, 64))
+    for h, f in ((32, 96), (64, 192), (512, 1408), (768, 2048), (1024, 2816))
 }
 
 #: Others' benchmarks have shapes of no model: only their FFN means something.

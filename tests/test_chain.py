@@ -224,7 +224,7 @@ def test_how_long_and_how_many(strategy, monkeypatch):
     plan = make_plan(strategy=strategy, allow=("recompute",))
     budget = 100_000
     for name, most in (
-        ("seq_len", plan.max_seq_len(budget=budget)),
+        ("seq_len", plan.max_seq_len(budget)),
         ("batch_size", plan.max_batch_size(budget=budget)),
     ):
         options = {"strategy": strategy, "allow": ("recompute",), "budget": budget}

@@ -1,5 +1,7 @@
 """`backfuse bench long`: everybody computes the same, slopes are what the memory model says."""
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -62,7 +64,8 @@ def test_a_tile_of_deepspeeds_and_ligers(monkeypatch, tmp_path):
     contender = long.providers(tmp_path)["deepspeed-tiled"].make(problem, "")
     step(contender)
     mlp, tiles, parameters = seen[0]
-    assert mlp is problem.module.layers[0].mlp and (tiles, parameters) == (5, None)
+    assert mlp is problem.module.layers[0].mlp
+    assert tiles == 5 and all(p is q for p, q in zip(parameters, mlp.parameters(), strict=True))
 
 
 def test_slopes(tmp_path, capsys, monkeypatch):
@@ -103,8 +106,19 @@ def test_slopes_of_known_numbers():
     [one] = long.slopes(table).to_dict("records")
     assert one["once"] == pytest.approx(5) and one["per_layer"] == pytest.approx(3)
     assert one["kept_per_layer"] == pytest.approx(7)
+    extra = table.iloc[-1:].assign(tokens=99, peak_bytes=0)  # at one depth only: in no slope
+    [again] = long.slopes(pd.concat([table, extra])).to_dict("records")
+    assert again == one
     assert long.slopes(table[table["layers"] == 2]).empty  # one number of layers: no slope
     assert "too little" in long.text(table[table["layers"] == 2])
+    assert set(long.of_one_depth(table)["layers"]) == {7}  # and where one was not measured
+    assert set(long.of_one_depth(table.drop(index=5))["layers"]) == {2}
+
+
+def test_the_documentation_shows_what_was_measured():
+    root = Path(__file__).parents[1]
+    table = rows.read([root / "bench" / "results" / "cpu" / "long.csv"])
+    assert f"```\n{long.text(table)}\n```" in (root / "docs" / "plan.md").read_text("utf-8")
 
 
 def test_what_fails_is_a_row(monkeypatch, tmp_path, capsys):

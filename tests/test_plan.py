@@ -1,6 +1,7 @@
 """Plans: what they promise is what an applied stack holds; files, mistakes, the command."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from families import FAMILIES, held_bytes, make_input, results, same_bits
 
 import backfuse
 from backfuse import BlockSpec, BlockStack, Plan, cli, rope_cos_sin
+from backfuse.bench import frontier
 from backfuse.bench.shapes import SHAPES
 from backfuse.blocks.devices import Device
 from backfuse.blocks.offload import line
@@ -193,8 +195,8 @@ def test_a_damaged_file_is_refused(damage, message, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "layers", "message"),
     [
-        (FAMILIES["llama"], 5, "the plan has 6 layers, expected the stack's 5"),
-        (FAMILIES["qwen3"], 6, "the plan's head_dim is 8, expected the stack's: 12"),
+        (FAMILIES["llama"], 5, "the plan has 6 layers, expected 5"),
+        (FAMILIES["qwen3"], 6, "the plan's head_dim is 8, expected 12, as layers.0 has it"),
     ],
 )
 def test_a_plan_that_does_not_fit_changes_nothing(spec, layers, message):
@@ -205,8 +207,8 @@ def test_a_plan_that_does_not_fit_changes_nothing(spec, layers, message):
     assert (stack.policies, stack.segments) == before
     with pytest.raises(TypeError, match="plan is a str"):
         backfuse.apply(stack, "lean")
-    with pytest.raises(TypeError, match="stack is a Linear"):
-        backfuse.apply(torch.nn.Linear(2, 2), make_plan(share=0.5))
+    with pytest.raises(TypeError, match="model is a BlockSpec"):
+        backfuse.apply(spec, make_plan(share=0.5))
 
 
 @pytest.mark.parametrize(
@@ -218,6 +220,7 @@ def test_a_plan_that_does_not_fit_changes_nothing(spec, layers, message):
         ({"host_budget": 1.5}, TypeError, "host_budget is 1.5"),
         ({"strategy": "optimum"}, ValueError, "strategy is 'optimum'.*did you mean 'optimal'"),
         ({"allow": ("ofload",)}, ValueError, "did you mean 'offload'"),
+        ({"allow": "offload"}, TypeError, "allow is 'offload', expected a collection"),
         ({"strategy": "sqrt", "allow": ()}, ValueError, "expected 'recompute' among it"),
         ({"device": "h20"}, ValueError, "device is 'h20'.*did you mean 'h200'"),
         ({"num_layers": 0}, ValueError, "num_layers is 0"),
@@ -230,9 +233,9 @@ def test_bad_arguments(options, error, message):
         backfuse.plan(FAMILIES["llama"], **{"num_layers": 2, **SIZES, **options})
 
 
-def test_models_are_pointed_to_their_spec():
-    with pytest.raises(TypeError, match=r"spec is a Linear.*BlockSpec.from_config\(model.config\)"):
-        backfuse.plan(torch.nn.Linear(2, 2), num_layers=2, **SIZES)
+def test_what_is_neither_a_model_nor_a_spec():
+    with pytest.raises(TypeError, match="model_or_spec is a str, expected a live model"):
+        backfuse.plan("llama-3-8b", num_layers=2, **SIZES)
 
 
 @pytest.mark.parametrize("strategy", ["optimal", "uniform", "sqrt", "recursive"])
@@ -270,7 +273,21 @@ COMMAND = ["plan", "--layers", "8", "--seq-len", "2048", "--device", "h200"]
 SHAPE = ["--shape", "llama-3.2-1b"]
 
 
-def test_the_command_shows_saves_and_draws(tmp_path, capsys):
+def test_the_command_shows_saves_and_draws(tmp_path, capsys, monkeypatch):
+    labels = []
+    told = frontier.label_points
+
+    def label_points(figure, axes, points, lines):
+        told(figure, axes, points, lines)
+        figure.canvas.draw()
+        frame = axes.get_window_extent()
+        texts = [text for text in axes.texts if text.get_text()]
+        boxes = [text.get_window_extent() for text in texts]
+        assert all(frame.contains(*corner) for box in boxes for corner in (box.min, box.max))
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        labels.extend(name for text in texts for name in text.get_text().split(", "))
+
+    monkeypatch.setattr(frontier, "label_points", label_points)
     path, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     files = ["--json", str(path), "--plot", str(picture)]
     assert cli.main([*COMMAND, *SHAPE, "--budget", "200MiB", *files]) == 0
@@ -280,6 +297,10 @@ def test_the_command_shows_saves_and_draws(tmp_path, capsys):
     assert plan.explain() in out and "attn_out" in out.splitlines()[0]
     assert "budget of 100.00 MiB: " in out and "budget of 400.00 MiB: " in out
     assert picture.read_bytes().startswith(b"\x89PNG")
+    rivals = {f"checkpoint{every}" for every in ("", " every 2", " every 4")}
+    strategies = {"uniform 2", "uniform 4", "sqrt", "recursive", "strategy chain"}
+    assert {*NAMED_POLICIES, *rivals, *strategies, "strategy selective", "this plan"} == set(labels)
+    assert len(set(labels)) == len(labels) and "-0.00%" not in out
 
 
 def test_the_command_takes_sizes_and_strategies(capsys):

@@ -26,14 +26,16 @@ def specs_of(spec: object, num_layers: int | None) -> tuple[BlockSpec, ...]:
     """
     if isinstance(spec, Sequence) and spec and all(isinstance(s, BlockSpec) for s in spec):
         if num_layers not in (None, len(spec)):
-            raise ValueError(f"num_layers is {num_layers!r}, expected the specs' {len(spec)}")
+            raise ValueError(
+                f"num_layers is {num_layers!r}, expected {len(spec)}: so many layers are given"
+            )
         if len({one.hidden_size for one in spec}) > 1:
-            raise ValueError("spec holds blocks of several hidden sizes, expected one")
+            raise ValueError("model_or_spec holds blocks of several hidden sizes, expected one")
         return tuple(spec)
     if not isinstance(spec, BlockSpec):
         raise TypeError(
-            f"spec is a {type(spec).__name__}, expected a BlockSpec, or one a layer; that of a "
-            "Hugging Face model is BlockSpec.from_config(model.config)"
+            f"model_or_spec is a {type(spec).__name__}, expected a live model (a torch.nn.Module), "
+            "a BlockSpec, or one a layer"
         )
     if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
         raise ValueError(f"num_layers is {num_layers!r}, expected a positive integer")

@@ -13,7 +13,7 @@ from backfuse.blocks.costs import BESIDE, BlockCosts, block_costs
 from backfuse.blocks.devices import Device
 from backfuse.blocks.devices import device as device_named
 from backfuse.blocks.errors import nearest
-from backfuse.blocks.lora import Adapters, AdaptersLike
+from backfuse.blocks.lora import Adapters, AdaptersLike, parse_adapters
 from backfuse.blocks.memory import kept_bytes, wanted_set
 from backfuse.blocks.policy import ACTIVATION_NAMES, FP8_NAMES, KEEP, NAMED_POLICIES, Policy
 from backfuse.blocks.spec import BlockSpec
@@ -103,8 +103,9 @@ def layer_choice(
     )  # fmt: skip
     if whole:
         transient = 2 * costs.host_bytes + backward_scratch(
-            spec, policy, wanted_set(spec, requires_grad), tokens=batch_size * seq_len,
+            spec, policy, wanted_set(spec, requires_grad, adapters), tokens=batch_size * seq_len,
             dtype=dtype, chunk_size=default_chunk(costs.device.name),
+            adapters=parse_adapters(spec, adapters),
         )  # fmt: skip
     else:
         transient = _transient(costs, policy, full)
@@ -137,13 +138,14 @@ def segment_choice(spec: BlockSpec, part: Segments, **sizes: Any) -> Choice:
         return alone
     others = layer_choice(spec, policy.with_x("recompute"), **sizes)
     # a segment keeps its input even where no block reads its own: others are rebuilt from it
-    wanted = wanted_set(spec, sizes.get("requires_grad", True), sizes.get("adapters"))
+    adapters = parse_adapters(spec, sizes.get("adapters"))
+    wanted = wanted_set(spec, sizes.get("requires_grad", True), adapters)
     tokens = sizes["batch_size"] * sizes["seq_len"]
     dtype = sizes.get("dtype", torch.bfloat16)
     x = tokens * spec.hidden_size * dtype.itemsize if wanted else 0
     rebuilt = (inputs_held([part]) - 1) * x
     if sizes.get("whole"):  # gradients appear while the inputs go
-        rebuilt = max(rebuilt, (layers - 1) * gradient_bytes(spec, wanted, dtype))
+        rebuilt = max(rebuilt, (layers - 1) * gradient_bytes(spec, wanted, dtype, adapters))
     return Choice(
         policy,
         layers * others.kept + x,
@@ -156,7 +158,9 @@ def segment_choice(spec: BlockSpec, part: Segments, **sizes: Any) -> Choice:
 
 
 def check_allow(allow: Collection[str]) -> None:
-    """Raise a ValueError for actions that a plan cannot use."""
+    """Raise a TypeError for a single name, a ValueError for actions that a plan cannot use."""
+    if isinstance(allow, str):
+        raise TypeError(f"allow is {allow!r}, expected a collection of actions")
     for action in allow:
         if action not in ALLOWED:
             raise ValueError(

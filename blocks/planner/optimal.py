@@ -72,7 +72,11 @@ class BudgetError(ValueError):
 
     def __str__(self) -> str:
         name, budget, least, what = self.args
-        return f"{name} is {budget:,} bytes, expected at least {least:,}: {what} gets by with less"
+        mib = -(-least // 2**20)  # rounded up: what is said here is enough
+        return (
+            f"{name} is {budget:,} bytes, expected at least {least:,} ({mib}MiB): {what} gets by "
+            "with less"
+        )
 
 
 class Limits(NamedTuple):

@@ -1,4 +1,4 @@
-"""`plan`: what every layer of a stack keeps for a number of bytes, and what that will cost.
+"""`Plan`: what every layer of a model keeps for a number of bytes, and what that will cost.
 
 | strategy | what |
 |---|---|
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,23 +27,23 @@ import pandas as pd
 import torch
 
 from backfuse.blocks.devices import Device
-from backfuse.blocks.devices import device as device_named
-from backfuse.blocks.lora import Adapters, AdaptersLike, parse_adapters
+from backfuse.blocks.lora import Adapters
 from backfuse.blocks.policy import ACTIVATION_NAMES, KEEP, Policy
 from backfuse.blocks.spec import BlockSpec, choose
-from backfuse.blocks.stack import BlockStack, Segments, layers_in, parse_segments
+from backfuse.blocks.stack import Segments, layers_in, parse_segments
 
 from . import plan_file, words
-from .arguments import budget_bytes, specs_of, wanted_by
 from .byte_sizes import parse_bytes
 from .choices import Choice, check_allow, layer_choice, segment_choice
 from .optimal import BudgetError, Limits, Mix
-from .profile import device_here, profiled
 from .scratch import default_chunk
-from .search import FULL, Manual, manual, search
+from .search import FULL, search
 from .step import Event, Fixed, LayerBytes, ModelSpec, fixed, layer_bytes, timeline
 
 STRATEGIES = ("optimal", "uniform", "sqrt", "recursive", "chain", "selective", "manual")
+
+#: For a budget: as the plan has it.
+SAME = "same"
 
 #: Tokens or sequences beyond which `Plan.max_seq_len` and `max_batch_size` do not look.
 MOST = 2**24
@@ -180,7 +180,7 @@ class Plan:
             found.append(layer_bytes(
                 spec, policies[0], frozenset(wanted), choice, layers_in(part),
                 tokens=self.batch_size * self.seq_len, dtype=self.dtype,
-                chunk_size=default_chunk(self.device.name),
+                chunk_size=default_chunk(self.device.name), adapters=self.adapters,
             ))  # fmt: skip
             first += layers_in(part)
         return found
@@ -244,7 +244,7 @@ class Plan:
     @property
     def overhead(self) -> float:
         """What a step takes longer than if everything were kept, as a fraction of that."""
-        return self.seconds / self.keep[1] - 1 if self.keep[1] else 0.0
+        return max(0.0, self.seconds / self.keep[1] - 1) if self.keep[1] else 0.0
 
     def runs(self) -> Iterator[tuple[int, int, Segments, Policy, Choice]]:
         """Runs of like segments: first layer, layers, segment, policy, what each segment costs."""
@@ -273,6 +273,34 @@ class Plan:
             })  # fmt: skip
         return pd.DataFrame(rows)
 
+    def check_fits(self, specs: Mapping[str, BlockSpec]) -> None:
+        """Raise a ValueError unless the plan is of these layers, naming the difference.
+
+        Args:
+            specs: by the layers' names, the first layer first.
+        """
+        if self.num_layers != len(specs):
+            raise ValueError(f"the plan has {self.num_layers} layers, expected {len(specs)}")
+        for (layer, spec), planned in zip(specs.items(), self.specs, strict=True):
+            if spec != planned:
+                name, value, own = next(
+                    (name, value, getattr(spec, name))
+                    for name, value in vars(planned).items()
+                    if not name.startswith("_") and value != getattr(spec, name)
+                )
+                raise ValueError(
+                    f"the plan's {name} is {value!r}, expected {own!r}, as {layer or 'the model'} "
+                    "has it"
+                )
+
+    def check_unsegmented(self) -> None:
+        """Raise a ValueError for segments of several layers."""
+        if any(part != 1 for part in self.segments):
+            raise ValueError(
+                f"the plan has segments {self.segments}, expected none: the layers of this model "
+                "are called one by one (strategy='optimal')"
+            )
+
     def within(self, **limits: Any) -> Plan:
         """The plan made anew in the same way under other budgets; those not named stay.
 
@@ -284,24 +312,45 @@ class Plan:
         """
         return search(replace(self, **limits))
 
-    def max_seq_len(self, **budgets: int | str | None) -> int:
+    def max_seq_len(
+        self,
+        budget: int | str | None = SAME,
+        *,
+        peak_budget: int | str | None = SAME,
+        host_budget: int | str | None = SAME,
+    ) -> int:
         """The longest sequences, up to `MOST`, for which there is such a plan, made anew for each.
 
+        A plan that may offload everything keeps next to nothing on the device: what ends it then
+        is `peak_budget` or `host_budget`.
+
         Args:
-            budgets: `budget`, `peak_budget`, `host_budget`; those not named stay.
+            budget: bytes as for `plan`, None for any number; `"same"`: the plan's own.
+            peak_budget: likewise.
+            host_budget: likewise.
 
         Raises:
             BudgetError: if there is none even for one token.
-            ValueError: without any budget, and for one that is none.
+            TypeError, ValueError: without any budget, and for one that is none.
         """
-        return self._largest("seq_len", budgets)
+        return self._largest("seq_len", (budget, peak_budget, host_budget))
 
-    def max_batch_size(self, **budgets: int | str | None) -> int:
+    def max_batch_size(
+        self,
+        budget: int | str | None = SAME,
+        *,
+        peak_budget: int | str | None = SAME,
+        host_budget: int | str | None = SAME,
+    ) -> int:
         """The same for sequences in a batch."""
-        return self._largest("batch_size", budgets)
+        return self._largest("batch_size", (budget, peak_budget, host_budget))
 
-    def _largest(self, name: str, budgets: dict[str, int | str | None]) -> int:
-        limits = {n: None if v is None else parse_bytes(n, v) for n, v in budgets.items()}
+    def _largest(self, name: str, budgets: tuple[int | str | None, ...]) -> int:
+        limits = {
+            n: None if v is None else parse_bytes(n, v)
+            for n, v in zip(Limits._fields, budgets, strict=True)
+            if v != SAME
+        }
         start = replace(self, **limits)  # type: ignore[arg-type]
         if start.budget is None and start.peak_budget is None:
             raise ValueError("budget and peak_budget are None, expected one of them")
@@ -375,134 +424,3 @@ def _bare(start: Plan) -> Plan:
         return start
     layers = start.num_layers
     return replace(start, policies=(KEEP,) * layers, segments=(1,) * layers)
-
-
-def plan(
-    spec: BlockSpec | Sequence[BlockSpec],
-    *,
-    num_layers: int | None = None,
-    batch_size: int,
-    seq_len: int,
-    budget: int | str | None = None,
-    peak_budget: int | str | None = None,
-    host_budget: int | str | None = None,
-    strategy: str = "optimal",
-    policies: Manual | None = None,
-    allow: Collection[str] = ("recompute", "offload"),
-    device: Device | str | None = None,
-    profile: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-    requires_grad: bool | Collection[str] | Sequence[bool | Collection[str]] = True,
-    adapters: AdaptersLike | None = None,
-    model: ModelSpec | None = None,
-) -> Plan:
-    """What each layer of a stack keeps, so that it is within the budgets and takes little time.
-
-    Costs come from arithmetic and a table of devices: nothing is run, and no GPU is needed. With
-    `profile` they come from real layers that are run here, once (see `profile.py`).
-
-    Args:
-        spec: each layer; or a sequence, one a layer.
-        num_layers: how many, of one spec.
-        batch_size: sequences.
-        seq_len: tokens a sequence.
-        budget: bytes for kept activations on the device, an integer or text (`"40GiB"`, `"40GB"`);
-            `"auto"`: what is free on the device, less a tenth (of a device that is not here, its
-            memory); None for any number.
-        peak_budget: likewise for `Plan.peak_bytes`, which says what it counts.
-        host_budget: likewise for what is kept on the host.
-        strategy: one of `STRATEGIES`; what `optimal` finds may take up to half a thousandth of a
-            step longer than the best.
-        policies: with the strategy `manual`: one a layer, or rules, such as
-            `{0: "keep", "layers.[1-3]": "lean"}` (the first that names a layer counts; layers that
-            none names keep everything). `allow` does not matter then.
-        allow: actions beside `keep`: `recompute`, `offload`, and `fp8`, which changes gradients.
-        device: its name in `blocks/devices.py`, or a `Device`; with `profile` it has to be this
-            machine's, and may be None: the current GPU, else the CPU.
-        profile: whether costs are measured on the device. What was measured before, with the same
-            versions, layers and sizes, is read from `$BACKFUSE_CACHE/profiles`.
-        dtype: of everything.
-        requires_grad: names of what wants a gradient in each layer (see `kept_bytes`); or a
-            sequence of such, one a layer. Beside layers that name `hidden_states`, the input of the
-            first is taken to want one if that layer does, that of another if a layer before does.
-        adapters: projection -> its `LoRA`, or several, in each layer.
-        model: what surrounds the layers; peaks are then those of a whole step.
-
-    Raises:
-        BudgetError: (a ValueError) for a budget that no plan is within; it says the least that
-            one is.
-        TypeError: for a spec, budget, dtype or names that are none.
-        ValueError: for sizes, names, strategies, devices, dtypes or actions that do not exist.
-    """
-    specs = specs_of(spec, num_layers)
-    layers = len(specs)
-    if profile:
-        where = device_here(device, dtype)
-    elif device is None:
-        raise ValueError("device is None, expected its name or a Device; None is for profile=True")
-    else:
-        where = device if isinstance(device, Device) else device_named(device)
-    limits = {
-        name: None if value is None else budget_bytes(name, value, where)
-        for name, value in zip(Limits._fields, (budget, peak_budget, host_budget), strict=True)
-    }
-    own = parse_adapters(specs[0], adapters)
-    if model is not None and not isinstance(model, ModelSpec):
-        raise TypeError(f"model is a {type(model).__name__}, expected a ModelSpec or None")
-    if (policies is not None) != (strategy == "manual"):
-        raise ValueError(
-            f"policies is {policies!r} with the strategy {strategy!r}, expected them together "
-            "with 'manual', and only there"
-        )
-    said: tuple[Policy, ...] = (KEEP,) * layers
-    parts: tuple[Segments, ...] = (1,) * layers
-    if policies is not None:
-        said, parts = manual(policies, layers)
-    start = Plan(
-        specs=specs, batch_size=batch_size, seq_len=seq_len, dtype=dtype,
-        requires_grad=wanted_by(specs, requires_grad, own), device=where,
-        strategy=strategy, allow=tuple(allow), **limits,
-        policies=said, segments=parts, model=model, adapters=own,
-    )  # fmt: skip
-    if profile:
-        search(start)  # what cannot be met is refused before anything runs
-        sizes: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len, "dtype": dtype}
-        start = replace(start, device=profiled(specs, where, **sizes))
-    return search(start)
-
-
-def apply(stack: BlockStack, plan: Plan) -> tuple[list[Policy], list[Segments]]:
-    """Makes a stack keep what a plan says.
-
-    Args:
-        stack: of the plan's spec and number of layers; its dtype and the sizes of its calls are
-            the caller's business.
-        plan: see `plan`.
-
-    Returns:
-        Policies and segments as they were: `stack.set_policy(*before)` puts them back.
-
-    Raises:
-        TypeError: for something else than a stack and a plan.
-        ValueError: if the plan is of another spec or number of layers, naming the difference; the
-            stack is as it was.
-    """
-    if not isinstance(stack, BlockStack):
-        raise TypeError(f"stack is a {type(stack).__name__}, expected a BlockStack")
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan is a {type(plan).__name__}, expected a Plan")
-    if len(stack.layers) != plan.num_layers:
-        raise ValueError(
-            f"the plan has {plan.num_layers} layers, expected the stack's {len(stack.layers)}"
-        )
-    unlike = next((spec for spec in plan.specs if spec != stack.spec), None)
-    if unlike is not None:
-        name, planned, own = next(
-            (name, value, getattr(stack.spec, name))
-            for name, value in vars(unlike).items()
-            if not name.startswith("_") and value != getattr(stack.spec, name)
-        )
-        raise ValueError(f"the plan's {name} is {planned!r}, expected the stack's: {own!r}")
-    before = stack.policies, stack.segments
-    stack.set_policy(plan.policies, plan.segments)
-    return before

@@ -5,19 +5,25 @@ Ranks whose plans differ would wait for each other in every layer, so nobody pla
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from backfuse.blocks.spec import BlockSpec
 
 from .byte_sizes import parse_bytes
+from .make import plan
 from .optimal import Limits
-from .plan import Plan, plan
+from .plan import Plan
 
 
 def plan_on_all_ranks(
-    spec: BlockSpec, *, group: dist.ProcessGroup | None = None, **options: Any
+    model_or_spec: nn.Module | BlockSpec | Sequence[BlockSpec],
+    *,
+    group: dist.ProcessGroup | None = None,
+    **options: Any,
 ) -> Plan:
     """The same plan on every rank of a group: each of them has to call it.
 
@@ -26,7 +32,7 @@ def plan_on_all_ranks(
     the same.
 
     Args:
-        spec: each layer.
+        model_or_spec: see `plan`; of a live model its printed form is compared.
         group: which ranks; None: all. Without a process group it is `plan` itself.
         options: see `plan`.
 
@@ -36,12 +42,13 @@ def plan_on_all_ranks(
             error is raised on all of them: none is left waiting.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        return plan(spec, **options)
+        return plan(model_or_spec, **options)
     mine: Any
     try:
         given = {name: options.pop(name, None) for name in Limits._fields}
         mine = {n: None if v is None else parse_bytes(n, v) for n, v in given.items()}
-        mine["same"] = {n: _told(v) for n, v in {"spec": spec, **options}.items() if n != "device"}
+        same = {"model_or_spec": model_or_spec, **options}
+        mine["same"] = {n: _told(v) for n, v in same.items() if n != "device"}
     except (TypeError, ValueError) as error:
         mine = error
     everyones: list[Any] = [None] * dist.get_world_size(group)
@@ -63,7 +70,7 @@ def plan_on_all_ranks(
     made: list[Any] = [None]
     if dist.get_rank(group) == 0:
         try:
-            made = [plan(spec, **options)]
+            made = [plan(model_or_spec, **options)]
         except Exception as error:
             made = [error]
     dist.broadcast_object_list(made, group=group, group_src=0)

@@ -23,19 +23,18 @@ import torch
 
 from backfuse.blocks.call import CHUNK_SIZE
 from backfuse.blocks.keep import INPUT, block_needs, block_reads
+from backfuse.blocks.lora import Adapters, adapter_parameters, all_parameters
 from backfuse.blocks.policy import Policy
 from backfuse.blocks.spec import BlockSpec
 from backfuse.kernels.reference.norm import accumulate_dtype
 
 
-def gradient_bytes(spec: BlockSpec, wanted: Set[str], dtype: torch.dtype) -> int:
+def gradient_bytes(
+    spec: BlockSpec, wanted: Set[str], dtype: torch.dtype, adapters: Adapters = ()
+) -> int:
     """Bytes of the gradients of a block's parameters."""
-    return sum(prod(s) for n, s in spec.parameters().items() if n in wanted) * dtype.itemsize
-
-
-def parameter_bytes(spec: BlockSpec, dtype: torch.dtype) -> int:
-    """Bytes of a block's parameters."""
-    return sum(prod(shape) for shape in spec.parameters().values()) * dtype.itemsize
+    shapes = all_parameters(spec, adapters)
+    return sum(prod(s) for n, s in shapes.items() if n in wanted) * dtype.itemsize
 
 
 def _heads(spec: BlockSpec, kept: Set[str], tokens: int, itemsize: int, high: int) -> int:
@@ -85,6 +84,7 @@ def backward_scratch(
     tokens: int,
     dtype: torch.dtype,
     chunk_size: int,
+    adapters: Adapters = (),
 ) -> int:
     """Bytes at most beside what is kept while a block's backward pass runs.
 
@@ -95,6 +95,7 @@ def backward_scratch(
         tokens: rows.
         dtype: of everything.
         chunk_size: rows of a chunk.
+        adapters: of its projections.
     """
     kept = block_reads(spec, policy, frozenset(wanted)).kept
     attn_needs, ffn_needs = block_needs(spec, frozenset(wanted))
@@ -104,8 +105,15 @@ def backward_scratch(
     stream, qkv = tokens * h * size, tokens * spec.qkv_size * size
     # over several chunks gradients are summed in fp32, and a CPU's share of a chunk stands beside
     each = size if tokens <= chunk_size else high
-    of_ffn = {n: prod(s) for n, s in spec.ffn_parameters().items() if n in wanted}
-    of_attn = {n: prod(s) for n, s in spec.attention_parameters().items() if n in wanted}
+    beside = adapter_parameters(spec, adapters)
+    in_ffn = {n for n in beside if n.startswith("mlp.")}
+    of_ffn, of_attn = (
+        {n: prod(s) for n, s in shapes.items() if n in wanted}
+        for shapes in (
+            {**spec.ffn_parameters(), **{n: beside[n] for n in in_ffn}},
+            {**spec.attention_parameters(), **{n: beside[n] for n in beside.keys() - in_ffn}},
+        )
+    )
     ffn_grads, attn_grads = each * sum(of_ffn.values()), each * sum(of_attn.values())
 
     attention = _attention(spec, tokens, size, high) if "attn_out" not in kept else 0

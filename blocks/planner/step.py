@@ -14,16 +14,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from backfuse.blocks.errors import nearest
+from backfuse.blocks.lora import Adapters, all_parameters
 from backfuse.blocks.policy import Policy
 from backfuse.blocks.spec import BlockSpec
 
+from .byte_sizes import parse_bytes
 from .choices import Choice
-from .scratch import forward_scratch, gradient_bytes, parameter_bytes
+from .scratch import forward_scratch, gradient_bytes
 
 #: Optimizer -> bytes of its state a parameter of so many bytes, as `(per byte, per element)`; eight
 #: bits: two states of a byte, and a scale of four bytes for each 256 of them.
@@ -51,6 +54,9 @@ class ModelSpec:
             schedules); with more than one, gradients are there from the start.
         loss_tokens: tokens whose logits exist at a time, of a loss that is computed in chunks; None
             for all.
+        parameter_bytes: of everything in the model; None for the layers, embedding, one norm's
+            weight and the head, in the dtype of the plan.
+        trained_bytes: of those that want gradients; None likewise.
     """
 
     vocab_size: int
@@ -60,8 +66,14 @@ class ModelSpec:
     world_size: int = 1
     in_flight: int = 1
     loss_tokens: int | None = None
+    parameter_bytes: int | None = None
+    trained_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("parameter_bytes", "trained_bytes"):
+            value = getattr(self, name)
+            if value is not None:
+                parse_bytes(name, value)
         for name in ("vocab_size", "world_size", "in_flight", "loss_tokens"):
             value = getattr(self, name)
             if name == "loss_tokens" and value is None:
@@ -73,6 +85,42 @@ class ModelSpec:
                 f"optimizer is {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}"
                 + nearest(self.optimizer, OPTIMIZERS)
             )
+
+    @classmethod
+    def from_model(cls, model: nn.Module, **training: Any) -> ModelSpec:
+        """What surrounds the layers of a live language model, as `plan` takes it by itself.
+
+        The embedding is the largest of the model, the head a linear layer of its size. Bytes of
+        parameters are those of the whole model, whatever else is in it: adapters, positions, a
+        tower for images.
+
+        Args:
+            model: on any device, also `meta`.
+            training: how it is trained: `optimizer`, `world_size`, `in_flight`, `loss_tokens`.
+
+        Raises:
+            TypeError: for something that is no module.
+            ValueError: for a model without an embedding and a head, or names of training that do
+                not exist.
+        """
+        from backfuse.blocks.adapters.live import surroundings
+
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+        known = ("optimizer", "world_size", "in_flight", "loss_tokens")
+        for name in training:
+            if name not in known:
+                raise ValueError(
+                    f"training names {name!r}, expected names among {', '.join(known)}"
+                    + nearest(name, known)
+                )
+        found = surroundings(model, **training)
+        if found is None:
+            raise ValueError(
+                f"model is a {type(model).__name__}, expected one with an embedding and a linear "
+                "head of as many rows"
+            )
+        return found
 
     def state_bytes(self, trained_bytes: int, dtype: torch.dtype) -> int:
         """Of the optimizer's states of parameters of so many bytes."""
@@ -112,6 +160,7 @@ def layer_bytes(
     tokens: int,
     dtype: torch.dtype,
     chunk_size: int,
+    adapters: Adapters = (),
 ) -> LayerBytes:
     """Of a layer, or of a segment of like ones.
 
@@ -124,13 +173,16 @@ def layer_bytes(
         tokens: rows.
         dtype: of everything.
         chunk_size: rows of a chunk.
+        adapters: of each layer's projections.
     """
-    own = [prod(shape) for name, shape in spec.parameters().items() if name in wanted]
+    everything = all_parameters(spec, adapters)
+    own = [prod(shape) for name, shape in everything.items() if name in wanted]
+    size = sum(map(prod, everything.values())) * dtype.itemsize
     scratch = forward_scratch(
         spec, policy, wanted, tokens=tokens, dtype=dtype, chunk_size=chunk_size
     )
     return LayerBytes(
-        layers * parameter_bytes(spec, dtype), layers * gradient_bytes(spec, wanted, dtype),
+        layers * size, layers * gradient_bytes(spec, wanted, dtype, adapters),
         choice.kept, scratch, choice.transient, max(own, default=0) * dtype.itemsize, layers,
     )  # fmt: skip
 
@@ -200,6 +252,12 @@ def fixed(
     layer_grads = sum(layer.gradients for layer in layers)
     trained = layer_grads + (tables if model.trained else 0)
     parameters = tables + sum(layer.parameters for layer in layers)
+    rest = 0  # gradients of what is neither in the layers nor in tables
+    if model.trained_bytes is not None:
+        rest = max(0, model.trained_bytes - trained)
+        trained = model.trained_bytes
+    if model.parameter_bytes is not None:
+        parameters = model.parameter_bytes
     floor = _cut(parameters, parts) + _cut(model.state_bytes(trained, dtype), parts)
     floor += 2 * torch.int64.itemsize * tokens
     if parts > 1:  # the layer at work and the next are whole, and so is a gradient
@@ -216,7 +274,7 @@ def fixed(
     if makes and not foreach:  # one parameter after the other
         makes = OPTIMIZER_TEMPORARIES * _cut(largest, parts)
     return Fixed(
-        floor, loss, head, head + stream + table_grad,
+        floor, loss, head, head + stream + table_grad + (0 if gathered else _cut(rest, parts)),
         (0 if gathered else _cut(trained, parts)) + makes,
     )  # fmt: skip
 

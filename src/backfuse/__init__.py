@@ -11,7 +11,9 @@ from backfuse.blocks.loss import linear_cross_entropy
 from backfuse.blocks.memory import host_bytes, kept_bytes
 from backfuse.blocks.ops import SAVE_OPS
 from backfuse.blocks.parallel import parallelize
-from backfuse.blocks.planner.plan import Plan, apply, plan
+from backfuse.blocks.planner.apply import apply
+from backfuse.blocks.planner.make import plan
+from backfuse.blocks.planner.plan import Plan
 from backfuse.blocks.planner.ranks import plan_on_all_ranks
 from backfuse.blocks.planner.step import ModelSpec
 from backfuse.blocks.policy import NAMED_POLICIES, Policy
