@@ -39,9 +39,17 @@ class OwnForward(Exception):
 
 
 def arguments_of(
-    layer: nn.Module, recipe: Recipe, args: Any, kwargs: dict[str, Any]
+    layer: nn.Module, recipe: Recipe, args: Any, kwargs: dict[str, Any], parts: int = 1
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
-    """Input, angles and mask of a call that a block can do."""
+    """Input, angles and mask of a call that a block can do.
+
+    Args:
+        layer: the live layer.
+        recipe: how it is run.
+        args: what it was called with.
+        kwargs: see args.
+        parts: of how many parts like the input whole sequences are, which angles and mask are of.
+    """
     given = dict(zip(recipe.arguments, args, strict=False))
     given.update(kwargs)
     x, mask, position = (given.pop(n, None) for n in (recipe.arguments[0], MASK, ANGLES))
@@ -61,7 +69,7 @@ def arguments_of(
             f"its attention was {recipe.implementation!r} when it was patched and is "
             f"{implementation(layer)!r}; patch again"
         )
-    return x, _position(recipe, position), _mask(recipe, x, mask)
+    return x, _position(recipe, position), _mask(recipe, len(x), x.shape[1] * parts, mask)
 
 
 def _unused_cache(layer: nn.Module, cache: Any) -> bool:
@@ -98,9 +106,8 @@ def _position(recipe: Recipe, position: Any) -> tuple[Tensor, Tensor] | None:
     return cos, sin
 
 
-def _mask(recipe: Recipe, x: Tensor, mask: Any) -> Tensor | None:
+def _mask(recipe: Recipe, batch: int, seq_len: int, mask: Any) -> Tensor | None:
     """The mask as a block takes it; None where its spec says what is seen."""
-    batch, seq_len = x.shape[:2]
     spec = recipe.spec
     if mask is None:
         if not recipe.unmasked:
@@ -146,8 +153,15 @@ def _says_the_spec(mask: Tensor, spec: BlockSpec) -> bool:
     return known[key]
 
 
-def weights_of(layer: nn.Module, recipe: Recipe) -> tuple[dict[str, Tensor], Adapters]:
+def weights_of(
+    layer: nn.Module, recipe: Recipe, split: bool = False
+) -> tuple[dict[str, Tensor], Adapters]:
     """The live parameters by the spec's names, and PEFT's active LoRA with its own.
+
+    Args:
+        layer: the live layer.
+        recipe: how it is run.
+        split: whether they are DTensors, as `parallelize` left them.
 
     Raises:
         OwnForward: if anything else happens in their modules.
@@ -175,7 +189,7 @@ def weights_of(layer: nn.Module, recipe: Recipe) -> tuple[dict[str, Tensor], Ada
         if type(module) is not nn.Linear or place in recipe.types:
             module = _unwrapped(name, place, module, recipe, weights, adapters)
         weight = vars(module)["_parameters"][kind]
-        if type(weight) not in (Tensor, nn.Parameter):
+        if not split and type(weight) not in (Tensor, nn.Parameter):
             raise OwnForward(f"{place}.{kind} is a {type(weight).__name__}")
         weights[name] = weight
     if (changed := change(layer, parts, recipe.facts)) is not None:
