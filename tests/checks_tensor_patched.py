@@ -75,7 +75,7 @@ def assert_close(found, expected, rtol=1e-10):
 
 def check_one_process_under_every_policy():
     for family in MODELS:
-        for sequence_parallel in (True, False):
+        for sequence_parallel in (True, False)[: 1 + (family == "llama")]:
             first = None
             for policy in POLICIES:
                 model = split(family, policy, sequence_parallel=sequence_parallel)
@@ -235,8 +235,6 @@ def check_what_cannot_be_split_is_refused():
         (given("llama", **MODELS["llama"], intermediate_size=81), "intermediate_size is 81"),
         (given("phi3"), "stacked_qkv is True"),
         (given("gpt2"), "stacked_qkv is True"),
-        (given("gpt_neox"), "stacked_qkv is True"),
-        (given("gemma2"), "norm_position is 'both'"),
         (given("mixtral"), "model.layers.0 is a MixtralDecoderLayer of which the attention half"),
         (halved, "model.layers.1 is a LlamaDecoderLayer that is not patched"),
         (with_adapters(lora_dropout=0.1), "self_attn.q_proj has an adapter that drops out"),
