@@ -264,23 +264,15 @@ class TransformerBlock(nn.Module):
             "position_embeddings": position_embeddings, "attention_mask": attention_mask,
             "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen,
         }  # fmt: skip
-        if self.parallel is not None:
-            return self.parallel.forward(self, hidden_states, options)
         weights, adapters = self.weights()
-        return block(
-            hidden_states,
-            weights,
-            self.spec,
-            self.policy,
-            adapters=adapters,
-            **options,
-            training=self.training,
-            chunk_size=self.chunk_size,
-            impl=self.impl,
-            ffn_strategy=self.ffn_strategy,
-            offload_dir=self.offload_dir,
-            context=self.context,
-        )
+        options |= {
+            "training": self.training, "chunk_size": self.chunk_size, "impl": self.impl,
+            "ffn_strategy": self.ffn_strategy, "offload_dir": self.offload_dir,
+            "adapters": adapters, "context": self.context,
+        }  # fmt: skip
+        if self.parallel is not None:
+            return self.parallel.forward(hidden_states, weights, self.policy, **options)
+        return block(hidden_states, weights, self.spec, self.policy, **options)
 
     def extra_repr(self) -> str:
         """The policy, for `print(model)`."""

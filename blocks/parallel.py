@@ -14,11 +14,15 @@ rank: that is cheap, and nothing but `x` need be kept or gathered for it.
 
 With `sequence_parallel=False` every rank has whole sequences, and there is an all-reduce in place
 of each reduce-scatter and nothing in place of an all-gather.
+
+In a patched model what stands around the layers knows of no parts: the first layer of a list takes
+its part of whole sequences (its backward gathers), the last one gathers its output (its backward
+takes a part). All ranks then compute the same embeddings, loss and gradients of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -28,16 +32,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler's own imports the compiler at once
 
-from .adapters.patched import state_of
+from .adapters.calls import weights_of
+from .adapters.patched import state_of, swap
+from .adapters.recipe import OwnForward
 from .block import TransformerBlock
 from .call import Call, Inputs
 from .context import Context
 from .function import HalfJob, run_job
 from .inputs import check_hidden_states, check_weights, prepare
-from .policy import KEEP
+from .lora import Adapters, adapter_parameters
+from .policy import KEEP, Policy
 from .replay import effective_policies
 from .run import Gradients, Kept, wanted_names
-from .spec import BlockSpec, check_spec
+from .spec import BlockSpec
+from .split import check_adapters, dimension_of, local_spec
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -53,49 +61,6 @@ _all_gather, _reduce_scatter = (
     )
 )
 
-#: Fields that have to be so: what stands behind the sum over ranks, or crosses heads, is not split.
-EXPECTED = {
-    "norm_position": "pre", "stacked_qkv": False, "stacked_gate_up": False, "o_bias": False,
-    "down_bias": False, "attention_dropout": 0.0, "residual_dropout": 0.0,
-    "activation_dropout": 0.0, "residual_multiplier": 1.0, "parallel_residual": False,
-    "layer_scale": False, "conv1d": False,
-}  # fmt: skip
-
-#: Ends of the names of parameters that are split -> the dimension; the others are on every rank.
-SPLIT = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), 0),
-    **dict.fromkeys(("o_proj", "down_proj"), 1),
-}
-
-
-def local_spec(spec: BlockSpec, ranks: int) -> BlockSpec:
-    """What one of some ranks has of a block: its heads, and its part of the FFN.
-
-    Raises:
-        TypeError: for a spec that is none.
-        ValueError: for sizes that do not divide, or a block that cannot be split, naming the field.
-    """
-    check_spec(spec)
-    if ranks == 1:
-        return spec
-    for name, expected in EXPECTED.items():
-        if getattr(spec, name) != expected:
-            raise ValueError(
-                f"{name} is {getattr(spec, name)!r}, expected {expected!r} of a block that is "
-                "split over ranks"
-            )
-    if spec.qk_norm == "full":
-        raise ValueError("qk_norm is 'full', expected 'head' or None: 'full' is over all heads")
-    sizes = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    for name in sizes:
-        if getattr(spec, name) % ranks:
-            raise ValueError(
-                f"{name} is {getattr(spec, name)}, expected a multiple of {ranks}, the ranks it is "
-                "split over"
-            )
-    divided = {name: getattr(spec, name) // ranks for name in sizes}
-    return spec.replace(**divided, head_dim=spec.head_dim)
-
 
 @dataclass(frozen=True)
 class Parallel:
@@ -105,11 +70,26 @@ class Parallel:
         mesh: the ranks, in one dimension.
         spec: what one rank has.
         sequence_parallel: whether a rank has only its part of every sequence outside the halves.
+        enters: whether the block is given whole sequences all the same, and takes its part.
+        leaves: whether it gives whole sequences all the same.
     """
 
     mesh: DeviceMesh
     spec: BlockSpec
     sequence_parallel: bool
+    enters: bool = False
+    leaves: bool = False
+
+    @property
+    def parts(self) -> int:
+        """Of how many parts like the block's input whole sequences are."""
+        return self.mesh.size() if self.sequence_parallel and not self.enters else 1
+
+    def own(self, x: Tensor, batch_size: int) -> Tensor:
+        """This rank's part of whole sequences `[tokens, h]`."""
+        ranks, width = self.mesh.size(), x.shape[1]
+        part = x.view(batch_size, ranks, -1, width)[:, self.mesh.get_local_rank()]
+        return part.clone(memory_format=torch.contiguous_format).view(-1, width)
 
     def gather(self, x: Tensor, batch_size: int) -> Tensor:
         """Whole sequences `[tokens, h]` from each rank's part of them."""
@@ -135,7 +115,7 @@ class Parallel:
         """Sums over ranks, in one message, the gradients of what is on every rank."""
         shared = [
             index for index, name in enumerate(names)
-            if grads[index] is not None and _dimension(name) is None
+            if grads[index] is not None and dimension_of(name) is None
         ]  # fmt: skip
         if not shared:
             return
@@ -147,36 +127,80 @@ class Parallel:
             grads[index] = total.view_as(grad).to(grad.dtype)
 
     @_disable_dynamo
-    def forward(self, block: TransformerBlock, hidden_states: Tensor, options: Any) -> Tensor:
-        """What `TransformerBlock.forward` does, on this rank's part."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        weights: Mapping[str, Any],
+        policy: Policy,
+        *,
+        adapters: Adapters,
+        **options: Any,
+    ) -> Tensor:
+        """What `block` does (see `function.py`), on this rank's part; the weights are DTensors."""
         check_hidden_states(hidden_states, self.spec)
-        whole = hidden_states
-        if self.sequence_parallel:  # of the whole sequences' shape, and no memory
-            batch_size, length, width = hidden_states.shape
-            whole = hidden_states.new_empty(()).expand(batch_size, length * self.mesh.size(), width)
-        call, inputs = prepare(
-            self.spec, whole, **options, training=block.training, chunk_size=block.chunk_size,
-            impl=block.impl, ffn_strategy=block.ffn_strategy, lossy=block.policy.lossy,
-            offload_dir=block.offload_dir, context=block.context,
-        )  # fmt: skip
-        call = _partial(call)
-        named, adapters = block.weights()
-        parts: dict[str, Any] = named  # DTensors
-        if adapters:
+        check_adapters(adapters)
+        batch_size, length, width = hidden_states.shape
+        ranks = self.mesh.size() if self.sequence_parallel else 1
+        if length * self.parts % ranks:
             raise ValueError(
-                f"{adapters[0][0]} has adapters, expected none in a block that is split over ranks"
+                f"hidden_states has {length} tokens a sequence, expected a multiple of {ranks}, "
+                "the ranks that have a part of each: pad them, or sequence_parallel=False"
             )
-        weights = {name: part.to_local() for name, part in parts.items()}
-        weights = check_weights(weights, self.spec.parameters(), hidden_states, call)
-        [policy] = effective_policies([block.policy], kind=None) or [KEEP]
+        # of the whole sequences' shape, and no memory
+        whole = hidden_states.new_empty(()).expand(batch_size, length * self.parts, width)
+        call, inputs = prepare(
+            self.spec, whole, lossy=policy.lossy, adapters=[adapters], **options
+        )
+        call = _partial(call)
+        for name, weight in weights.items():
+            if not hasattr(weight, "to_local"):
+                raise TypeError(
+                    f"{name} is a {type(weight).__name__}, expected a DTensor: parallelize comes "
+                    "after whatever changes a block's parameters (adapters, say)"
+                )
+        weights = {name: weight.to_local() for name, weight in weights.items()}
         halves = ("attn", self.spec.attention_parameters()), ("ffn", self.spec.ffn_parameters())
+        jobs = []
+        [policy] = effective_policies([policy], kind=None) or [KEEP]
         for half, shapes in halves:
-            named = {name: weights[name] for name in shapes}
-            wanted = wanted_names(hidden_states, named)
-            job = ParallelJob(HalfJob(call, half, tuple(named), wanted, policy), self)
+            own = tuple(one for one in adapters if f"{one[0]}.weight" in shapes)
+            shapes = {**shapes, **adapter_parameters(self.spec, own)}
+            named = check_weights(weights, shapes, hidden_states, call)
+            jobs.append((half, own, named))
+        x = hidden_states
+        if self.sequence_parallel and self.enters:
+            x = _Exchange.apply(x, self, True)
+        for half, own, named in jobs:
+            job = HalfJob(call, half, tuple(named), wanted_names(x, named), policy, own)
             side = inputs if half == "attn" else Inputs()
-            hidden_states = run_job(job, side, hidden_states, list(named.values()))
-        return hidden_states
+            x = run_job(ParallelJob(job, self), side, x, list(named.values()))
+        return _Exchange.apply(x, self, False) if self.sequence_parallel and self.leaves else x
+
+
+class _Exchange(torch.autograd.Function):
+    """Whole sequences to this rank's part of them, or back; each is the other's backward pass.
+
+    Of whole sequences every rank has the same, and the same gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parallel: Parallel, take: bool) -> Tensor:
+        """`[batch, seq_len, h]` each."""
+        ctx.parallel, ctx.take = parallel, take
+        return _exchanged(x, parallel, take)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        """The other way."""
+        return _exchanged(dy, ctx.parallel, not ctx.take), None, None
+
+
+def _exchanged(x: Tensor, parallel: Parallel, take: bool) -> Tensor:
+    batch_size, _, width = x.shape
+    exchange = parallel.own if take else parallel.gather
+    exchanged = exchange(x.reshape(-1, width), batch_size)
+    # no view, as in `run_job`
+    return torch.ops.aten._unsafe_view(exchanged, [batch_size, -1, width])
 
 
 def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -247,11 +271,84 @@ class ParallelJob:
         return None if partial is None else dz + parallel.reduce(partial, batch), grads
 
 
-def _dimension(name: str) -> int | None:
-    """Along which dimension a parameter is split; None: it is on every rank."""
-    if name.endswith(".sinks"):
-        return 0
-    return SPLIT.get(name.split(".")[-2])
+@dataclass(frozen=True)
+class _Whole:
+    """A block that is to be split.
+
+    Attributes:
+        weights: its parameters by the spec's names.
+        parallel: how.
+    """
+
+    weights: Mapping[str, Tensor]
+    parallel: Parallel
+
+
+def _sharded(path: str) -> ValueError:
+    return ValueError(
+        f"{path or 'module'} is sharded already, expected a whole block: parallelize comes before "
+        "fully_shard, and once, with mesh and context together"
+    )
+
+
+def _whole(module: nn.Module, path: str, mesh: DeviceMesh, sequence_parallel: bool) -> _Whole:
+    """A block of a module as it is, and how it is to be split.
+
+    Raises:
+        ValueError: see `parallelize`.
+    """
+    from torch.distributed.tensor import DTensor
+
+    layer, name, ends = module.get_submodule(path), path or "module", (False, False)
+    own = dict(layer.named_parameters())
+    if any(isinstance(parameter, DTensor) for parameter in own.values()):
+        raise _sharded(path)
+    if isinstance(layer, TransformerBlock):
+        spec, (weights, adapters) = layer.spec, layer.weights()
+    else:
+        state = state_of(layer)
+        assert state is not None
+        spec, ends = state.recipe.spec, _ends(module, path)
+        if state.recipe.rest is not None:
+            raise ValueError(
+                f"{name} is a {type(layer).__name__} of which the attention half alone is a "
+                "block's, expected a whole block"
+            )
+        try:
+            weights, adapters = weights_of(layer, state.recipe)
+        except OwnForward as reason:
+            raise ValueError(
+                f"{name} runs its own forward for now, expected a block's: {reason}"
+            ) from reason
+    spec = local_spec(spec, mesh.size())
+    check_adapters(adapters)
+    used = set(map(id, weights.values()))
+    if unused := [n for n, parameter in own.items() if id(parameter) not in used]:
+        raise ValueError(
+            f"{name} holds {unused[0]}, expected no parameters but those that it computes with"
+        )
+    return _Whole(weights, Parallel(mesh, spec, sequence_parallel, *ends))
+
+
+def _ends(module: nn.Module, path: str) -> tuple[bool, bool]:
+    """Whether a patched layer is the first of those that follow one another, and the last.
+
+    Raises:
+        ValueError: for one that follows another layer, which is not patched.
+    """
+    place, _, _ = path.rpartition(".")
+    owner = module.get_submodule(place)
+    if not path or not isinstance(owner, nn.ModuleList | nn.Sequential):
+        return True, True
+    layers = list(owner.children())
+    for name, layer in owner.named_children():
+        if state_of(layer) is None:
+            raise ValueError(
+                f"{place}.{name} is a {type(layer).__name__} that is not patched, expected all "
+                f"layers of {place} to be: what is between them is split"
+            )
+    layer = module.get_submodule(path)
+    return layer is layers[0], layer is layers[-1]
 
 
 def _check_meshes(mesh: object, context: object) -> None:
@@ -278,20 +375,6 @@ def _check_meshes(mesh: object, context: object) -> None:
         )
 
 
-def _blocks(module: nn.Module) -> dict[str, TransformerBlock]:
-    """The blocks of a module, by path; at least one."""
-    blocks = {n: part for n, part in module.named_modules() if isinstance(part, TransformerBlock)}
-    if blocks:
-        return blocks
-    for name, part in module.named_modules():
-        if state_of(part) is not None:
-            raise ValueError(
-                f"{name or 'module'} is a patched {type(part).__name__}, expected a "
-                "TransformerBlock: a patched layer cannot be split over ranks"
-            )
-    raise ValueError("module holds no TransformerBlock, expected at least one")
-
-
 def parallelize(
     module: nn.Module,
     mesh: DeviceMesh | None = None,
@@ -314,13 +397,18 @@ def parallelize(
     angles (`position_embeddings`) of that part; by default they are those of its place. Masks and
     `cu_seqlens` are of whole sequences. All parameters' gradients, the blocks' too, are of the
     rank's tokens: average them over `context` as over data-parallel ranks, as DDP or `fully_shard`
-    over the flattened dimensions does.
+    over the flattened dimensions does. With both, a rank's part over `context` is what `mesh`
+    splits further.
 
-    With both, a rank's part over `context` is what `mesh` splits further.
+    A patched model (`patch` comes first) is split over `mesh` alone. It is called with whole
+    sequences, the same on every rank, and gives them: the first of its layers takes its part, the
+    last gathers. What stands around the layers stays whole, and its gradients are the same on every
+    rank; what stands between them may not mix tokens. Where a layer's own forward would have to run
+    (with a cache, say) it raises a ValueError.
 
     Args:
-        module: a `TransformerBlock`, a `BlockStack`, or a model of them. In a stack that is split
-            over `mesh` no layer can share a segment with others.
+        module: a `TransformerBlock`, a `BlockStack`, or a model of them; or a patched model. In a
+            stack that is split over `mesh` no layer can share a segment with others.
         mesh: of one dimension; of one rank, the module stays as it is. `fully_shard` comes after.
         sequence_parallel: False: every rank of `mesh` has whole sequences, at every place.
         context: of one dimension; of one rank, the module stays as it is. Its ranks divide the
@@ -332,37 +420,57 @@ def parallelize(
     Raises:
         TypeError: for something that is no module, or no mesh.
         ValueError: for a mesh of several dimensions, the same ranks twice, a module without blocks
-            or with blocks that are split or sharded already, dropout, and what `local_spec`
-            refuses: heads that do not divide, say. The module is then as it was.
+            or with blocks that are split or sharded already, dropout over `context`, a patched
+            model over it, layers that are patched by half or run their own forward, and what
+            `local_spec` refuses: heads that do not divide, say; for adapters that drop out, or have
+            a bias behind the sum over ranks. The module is then as it was.
     """
-    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}, expected a torch.nn.Module")
     _check_meshes(mesh, context)
     ranks = None if context is None or context.size() == 1 else Context.of(context)
-    blocks, specs = _blocks(module), {}
-    for path, block in blocks.items():
-        sharded = any(isinstance(parameter, DTensor) for parameter in block.parameters())
-        if block.parallel or block.context or (sharded and mesh is not None):
+    layers = {
+        path: part for path, part in module.named_modules()
+        if isinstance(part, TransformerBlock) or state_of(part) is not None
+    }  # fmt: skip
+    if not layers:
+        raise ValueError(
+            f"module is a {type(module).__name__} that holds no TransformerBlock and no patched "
+            "layer, expected at least one: patch comes first"
+        )
+    wholes = {}
+    for path, layer in layers.items():
+        own = isinstance(layer, TransformerBlock)
+        if own and (layer.parallel or layer.context):
+            raise _sharded(path)
+        if ranks is not None and not own:
             raise ValueError(
-                f"{path or 'module'} is sharded already, expected a whole block: parallelize comes "
-                "before fully_shard, and once, with mesh and context together"
+                f"{path or 'module'} is a patched {type(layer).__name__}, expected a "
+                "TransformerBlock: of a patched model tokens are not split"
             )
-        specs[path] = block.spec if mesh is None else local_spec(block.spec, mesh.size())
+        if mesh is not None and mesh.size() > 1:  # what a split refuses, one rank does as ever
+            wholes[path] = _whole(module, path, mesh, sequence_parallel)
         if ranks is not None:
-            ranks.check(specs[path])
-    for path, block in blocks.items():
-        block.context = ranks
-        if mesh is None or mesh.size() == 1:  # what a split refuses, one rank does as ever
+            ranks.check(wholes[path].parallel.spec if path in wholes else layer.spec)
+    for path, layer in layers.items():
+        if isinstance(layer, TransformerBlock):
+            layer.context = ranks
+        if path not in wholes:
             continue
-        for name, parameter in list(block.named_parameters()):
-            dimension = _dimension(name)
+        whole = wholes[path]
+        names = {id(parameter): name for name, parameter in layer.named_parameters()}
+        for name, parameter in whole.weights.items():
+            dimension = dimension_of(name)
             placement = Replicate() if dimension is None else Shard(dimension)
-            owner, _, kind = name.rpartition(".")
+            owner, _, kind = names[id(parameter)].rpartition(".")
             split = distribute_tensor(parameter.detach(), mesh, [placement])
-            block.get_submodule(owner).register_parameter(
+            layer.get_submodule(owner).register_parameter(
                 kind, nn.Parameter(split, requires_grad=parameter.requires_grad)
             )
-        block.parallel = Parallel(mesh, specs[path], sequence_parallel)
+        if isinstance(layer, TransformerBlock):
+            layer.parallel = whole.parallel
+        elif (state := state_of(layer)) is not None:
+            swap(layer, replace(state, parallel=whole.parallel))
     return module

@@ -285,8 +285,9 @@ class Branch:
         elif not self.residual:
             if out.dtype == x.dtype:
                 matmul_transposed(x, self.weight, self.bias, out)
+                self._add_adapters(out, x, rows)
             else:
-                out.copy_(matmul_transposed(x, self.weight, self.bias))
+                out.copy_(self._linear(x, rows))
         else:
             linear_add(residual, x, self.weight, self.bias, out, self.factor)
             self._add_adapters(out, x, rows, self.factor)

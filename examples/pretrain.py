@@ -36,8 +36,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from backfuse import block_flops, kept_bytes, plan_on_all_ranks
 from backfuse.bench.options import check_positive, check_seed, writable_folder
-from backfuse.blocks.parallel import local_spec
 from backfuse.blocks.policy import FP8_NAMES, Policy
+from backfuse.blocks.split import local_spec
 
 
 @dataclass(frozen=True)

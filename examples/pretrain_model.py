@@ -25,7 +25,7 @@ from backfuse import BlockSpec, BlockStack, linear_cross_entropy, parallelize
 from backfuse.bench.options import check_device, default_device
 from backfuse.bench.shapes import ALL_SHAPES
 from backfuse.blocks.devices import DEVICES, Device, measure_cpu
-from backfuse.blocks.parallel import local_spec
+from backfuse.blocks.split import local_spec
 
 if TYPE_CHECKING:
     from pretrain import Config

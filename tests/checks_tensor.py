@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from backfuse import SAVE_OPS, BlockSpec, BlockStack, kept_bytes, parallelize
 from backfuse.blocks import parallel
-from backfuse.blocks.parallel import local_spec
+from backfuse.blocks.split import local_spec
 
 SPECS = {
     "llama": BlockSpec(32, 48, 4, 2),

@@ -17,9 +17,15 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    "module", ["checks_sharded", "checks_tensor", "checks_context", "checks_pipeline"]
+    "module",
+    [
+        "checks_sharded", "checks_tensor", "checks_tensor_patched", "checks_context",
+        "checks_pipeline",
+    ],
 )
 def test_on_four_ranks(module, tmp_path):
+    if module == "checks_tensor_patched":
+        pytest.importorskip("peft")
     went = ranks.run(tmp_path, module)
     assert went or "CHECKS" in os.environ
     assert not any(went.values()), "\n".join(

@@ -60,14 +60,19 @@ def test_parts_of_a_block_cannot_be_sharded(mesh):
         stack(x)
 
 
-def test_patched_models_are_refused(mesh):
-    from tiny_models import make_model
+def test_patched_models(mesh):
+    """One rank changes nothing; what PyTorch splits runs its own forward."""
+    from tiny_models import batch, make_model, step
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     model = make_model("llama")
-    patch(model)
-    with pytest.raises(ValueError, match="model.layers.0 is a patched LlamaDecoderLayer"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM .* patch comes first"):
         parallelize(model, mesh)
+    patch(model)
+    expected = step(model, batch("llama"))
+    assert parallelize(model, mesh) is model
+    found = step(model, batch("llama"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
     parts = {"model.layers.*.self_attn.q_proj": ColwiseParallel()}
     parallelize_module(model, mesh, parts)
     with pytest.warns(UserWarning, match="model.layers.0 .* runs its own forward"):

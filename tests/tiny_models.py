@@ -83,7 +83,7 @@ BATCH_SIZE, SEQ_LEN = 2, 40
 def make_model(family, dtype=torch.float32, **changes):
     """A random model, in training, every parameter of it off its initial value."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**FUSED, **HALF}[family], **changes)
+    config = AutoConfig.for_model(family, **{**FUSED, **HALF}[family] | changes)
     kind = AutoModel if family in ENCODERS else AutoModelForCausalLM
     model = kind.from_config(config)
     with torch.no_grad():

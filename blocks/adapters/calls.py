@@ -36,9 +36,17 @@ HARMLESS = (
 
 
 def arguments_of(
-    layer: nn.Module, recipe: Recipe, args: Any, kwargs: dict[str, Any]
+    layer: nn.Module, recipe: Recipe, args: Any, kwargs: dict[str, Any], parts: int = 1
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, dict[str, Any]]:
-    """Input, angles, and what is seen (`seen_by`), of a call that a block can do."""
+    """Input, angles, and what is seen (`seen_by`), of a call that a block can do.
+
+    Args:
+        layer: the live layer.
+        recipe: how it is run.
+        args: what it was called with.
+        kwargs: see args.
+        parts: of how many parts like the input whole sequences are; angles and masks are of these.
+    """
     given = dict(zip(recipe.arguments, args, strict=False))
     given.update(kwargs)
     x, position = (given.pop(name, None) for name in (recipe.arguments[0], ANGLES))
@@ -58,7 +66,10 @@ def arguments_of(
             f"its attention was {recipe.implementation!r} when it was patched and is "
             f"{implementation(layer)!r}; patch again"
         )
-    return x, _position(recipe, position), seen_by(recipe, x, given)
+    whole = x
+    if parts > 1:  # of the whole sequences' shape, and no memory
+        whole = x.new_empty(()).expand(len(x), x.shape[1] * parts, x.shape[2])
+    return x, _position(recipe, position), seen_by(recipe, whole, given)
 
 
 def _unused_cache(layer: nn.Module, cache: Any) -> bool:
@@ -95,8 +106,15 @@ def _position(recipe: Recipe, position: Any) -> tuple[Tensor, Tensor] | None:
     return cos, sin
 
 
-def weights_of(layer: nn.Module, recipe: Recipe) -> tuple[dict[str, Tensor], Adapters]:
+def weights_of(
+    layer: nn.Module, recipe: Recipe, split: bool = False
+) -> tuple[dict[str, Tensor], Adapters]:
     """The live parameters by the spec's names, and PEFT's active LoRA with its own.
+
+    Args:
+        layer: the live layer.
+        recipe: how it is run.
+        split: whether they are DTensors, as `parallelize` left them.
 
     Raises:
         OwnForward: if anything else happens in their modules.
@@ -124,7 +142,7 @@ def weights_of(layer: nn.Module, recipe: Recipe) -> tuple[dict[str, Tensor], Ada
         if type(module) is not nn.Linear or place in recipe.types:
             module = _unwrapped(name, place, module, recipe, weights, adapters)
         weight = vars(module)["_parameters"][kind]
-        if type(weight) not in (Tensor, nn.Parameter):
+        if not split and type(weight) not in (Tensor, nn.Parameter):
             raise OwnForward(f"{place}.{kind} is a {type(weight).__name__}")
         weights[name] = weight
     if (changed := change(layer, parts, recipe.facts)) is not None:

@@ -15,9 +15,9 @@ from backfuse.blocks.lora import Adapters
 from backfuse.blocks.planner.step import ModelSpec
 from backfuse.blocks.spec import BlockSpec
 
-from .calls import OwnForward, weights_of
+from .calls import weights_of
 from .read import layers_of, not_understood, read
-from .recipe import Recipe
+from .recipe import OwnForward, Recipe
 
 
 class LiveLayers(NamedTuple):

@@ -15,7 +15,7 @@ import functools
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,8 +24,12 @@ from backfuse.blocks.policy import KEEP, NAMED_POLICIES, Policy
 
 from .calls import CACHES, arguments_of, weights_of
 from .recipe import OwnForward, Recipe
+from .stand_in import ANGLES
 from .torch_layers import run_torch, torch_arguments
 from .verify import run_hf
+
+if TYPE_CHECKING:
+    from backfuse.blocks.parallel import Parallel
 
 #: Where a patched layer keeps what it knows; neither a parameter nor a module.
 STATE = "_backfuse"
@@ -43,6 +47,7 @@ class State:
         impl: see chunk_size.
         ffn_strategy: see chunk_size.
         offload_dir: see chunk_size.
+        parallel: how it is split over ranks, or None.
     """
 
     recipe: Recipe
@@ -52,6 +57,7 @@ class State:
     impl: str = "auto"
     ffn_strategy: str = "auto"
     offload_dir: Path | None = None
+    parallel: Parallel | None = None
 
 
 def state_of(layer: nn.Module) -> State | None:
@@ -136,19 +142,33 @@ def current_policy(layer: nn.Module, state: State) -> Policy:
 def _forward(layer: nn.Module, original: type[nn.Module], args: Any, kwargs: Any) -> Any:
     state = state_of(layer)
     assert state is not None
-    recipe = state.recipe
+    recipe, parallel = state.recipe, state.parallel
     read, run = (arguments_of, run_hf) if recipe.kind == "hf" else (torch_arguments, run_torch)
     try:
-        given = read(layer, recipe, args, kwargs)
-        weights, adapters = weights_of(layer, recipe)
+        if parallel is None:
+            given = read(layer, recipe, args, kwargs)
+        else:
+            given = arguments_of(layer, recipe, args, kwargs, parallel.parts)
+        weights, adapters = weights_of(layer, recipe, split=parallel is not None)
     except OwnForward as reason:
+        if parallel is not None:
+            raise ValueError(
+                f"{state.name} is split over ranks, and its own forward, which knows nothing of "
+                f"that, would have to run: {reason}"
+            ) from reason
         return _own_forward(layer, original, state, str(reason), args, kwargs)
-    options = {
+    options: dict[str, Any] = {
         "training": layer.training, "chunk_size": state.chunk_size, "impl": state.impl,
         "ffn_strategy": state.ffn_strategy, "offload_dir": state.offload_dir,
         "adapters": adapters,
     }  # fmt: skip
-    output = run(layer, recipe, current_policy(layer, state), weights, options, *given)
+    policy = current_policy(layer, state)
+    if parallel is None:
+        output = run(layer, recipe, policy, weights, options, *given)
+    else:
+        x, position, seen = given
+        options |= {ANGLES: position, **seen}
+        output = parallel.forward(x, weights, policy, **options)
     return output if recipe.extra is None else (output, *[None] * recipe.extra)
 
 

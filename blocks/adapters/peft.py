@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from backfuse.blocks.lora import LoRA
@@ -18,6 +19,13 @@ from backfuse.blocks.remember import remembered
 def _lora(rank: int, scale: float, dropout: float, use_bias: bool, name: str) -> LoRA:
     """The adapter, the same one each time: a training step asks for the same ones."""
     return LoRA(rank, scale, dropout, use_bias, name)
+
+
+def _number(value: float) -> float:
+    """The number that a trace may have a symbol for; another one is another graph."""
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # SymPy: slow to import
+
+    return float(guard_scalar(value))
 
 
 class Live(NamedTuple):
@@ -81,6 +89,8 @@ def unwrap(module: Any) -> Live:
             raise TypeError(f"the adapter {name!r} has a {type(dropout).__name__} for its dropout")
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         scale = float(module.scaling[name])
+        if torch.compiler.is_compiling():  # with dynamic=True these are symbols, and an operator's
+            p, scale = _number(p), _number(scale)  # text holds numbers
         adapters.append(_lora(a.weight.shape[0], scale, p, b.bias is not None, name))
         tensors.append((a.weight, b.weight, b.bias))
     return Live(module.base_layer, tuple(adapters), tuple(tensors))
