@@ -203,7 +203,7 @@ def test_unlike_layers_in_files_and_mistakes(tmp_path):
         backfuse.apply(BlockStack(LLAMA, 5), plan)
     for options, message in (
         ({"strategy": "sqrt"}, "the layers are unlike, expected 'optimal'"),
-        ({"num_layers": 4}, "num_layers is 4, expected the specs' 5"),
+        ({"num_layers": 4}, "num_layers is 4, expected 5: so many"),
         ({"requires_grad": [True, False]}, r"requires_grad holds 2, expected one a layer \(5\)"),
     ):
         with pytest.raises(ValueError, match=message):
