@@ -147,6 +147,8 @@ def _page(root: Path, found: dict[str, tuple[pd.DataFrame, pd.DataFrame]]) -> It
                 first = group.iloc[0]
                 which = {name: first[name] for name in ("op", "shape", "dtype")}
                 yield f"![rate](../bench/results/{folder}/{picture_name('rate', which)})\n"
+        for _, group in rows.groupby(["op", "dtype", "batch_size"], sort=False):
+            yield from _glance(group)
         for _, group in rows.groupby(SIZE, sort=False):
             yield from _section(folder, group, timelines)
         yield from _kernels(root / "bench" / "results" / folder / "kernels.csv")
@@ -178,6 +180,27 @@ def _rated(group: pd.DataFrame) -> bool:
     timed = group[group["mode"] == "both"].dropna(subset="ms_median")
     rated = timed["tflops"].notna() | timed["gbps"].notna()
     return timed[rated]["tokens"].nunique() > 1
+
+
+def _glance(group: pd.DataFrame) -> Iterator[str]:
+    """The ratios of one operation at all of its sizes, each run's, where there are several sizes."""
+    timed = group[(group["mode"] == "both") & group["vs_eager"].notna()]
+    columns = {}
+    for _, size in timed.groupby(["hidden_size", "tokens"]):
+        first = size.iloc[0]
+        names = [name_of(row) for _, row in size.iterrows()]
+        ratios = size["vs_eager"].map("{:.2f}".format).groupby(names, sort=False)
+        columns[f"{first['hidden_size']}, {first['tokens'] // 1024}k"] = ratios.agg(" ".join)
+    if len(columns) < 3:
+        return
+    table = pd.DataFrame(columns).fillna("")
+    head = timed.iloc[0]
+    yield f"### {head['op']}, {head['dtype']}: time / eager by hidden size and tokens, each run\n"
+    yield "| | " + " | ".join(table.columns) + " |"
+    yield "|---" * (1 + len(table.columns)) + "|"
+    for name in dict.fromkeys(name_of(row) for _, row in timed.iterrows()):
+        yield f"| {name} | " + " | ".join(table.loc[name]) + " |"
+    yield ""
 
 
 def _section(folder: str, group: pd.DataFrame, timelines: pd.DataFrame) -> Iterator[str]:

@@ -235,6 +235,20 @@ def test_noise_is_called_noise(checkout):
     assert called_noise(compile=(0.99, 1.02, 1.1)) == {"compile", "checkpoint"}
 
 
+def test_several_sizes_are_shown_at_a_glance(checkout):
+    folder = checkout / "bench" / "results" / "cpu"
+    rows = pd.read_csv(folder / "results.csv").assign(op="block")
+    sizes = [rows.assign(hidden_size=h, tokens=1024 * k) for h, k in ((8, 2), (8, 4), (16, 2))]
+    for number, ratio in (("5", 1.254), ("6", 1.346)):
+        for size in sizes:
+            size.loc[size["provider"] == "checkpoint", "vs_eager"] = ratio
+        pd.concat(sizes[: 3 if number == "5" else 2]).to_csv(folder / f"results-{number}.csv")
+    page = report.render(checkout)[checkout / "docs" / "benchmarks.md"]
+    part = page[page.index("### block, fp32: time / eager") :]
+    assert "| | 8, 2k | 8, 4k | 16, 2k |" in part
+    assert "| checkpoint | 1.25 1.35 | 1.25 1.35 | 1.25 |" in part
+
+
 @pytest.mark.parametrize("broken", ["markers", "rows", "columns", "folder"])
 def test_report_says_what_it_misses(broken, checkout, capsys):
     csv = checkout / "bench" / "results" / "cpu" / "results.csv"
