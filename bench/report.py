@@ -183,7 +183,7 @@ def _rated(group: pd.DataFrame) -> bool:
 
 
 def _glance(group: pd.DataFrame) -> Iterator[str]:
-    """The ratios of one operation at all of its sizes, each run's, where there are several sizes."""
+    """Each run's ratios of an operation at all of its sizes, where there are several."""
     timed = group[(group["mode"] == "both") & group["vs_eager"].notna()]
     columns = {}
     for _, size in timed.groupby(["hidden_size", "tokens"]):
