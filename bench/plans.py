@@ -181,6 +181,8 @@ def draw(rows: pd.DataFrame, path: Path, title: str) -> None:
     require("matplotlib").use("Agg")
     pyplot = require("matplotlib.pyplot")
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150, layout="constrained")
+    colors = ["#0072b2", "#e69f00", "#009e73", "#56b4e9", "#cc79a7", "#777777", "#000000"]
+    axes.set_prop_cycle(color=colors)
     families = rows["contender"].str.replace(r"( every .*|-[0-9.]+)$", "", regex=True)
     for family, own in rows.groupby(families, sort=False):
         first = family == "optimal"
@@ -197,7 +199,7 @@ def draw(rows: pd.DataFrame, path: Path, title: str) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=9, loc="outside right upper")
     figure.savefig(path)
     pyplot.close(figure)
 
