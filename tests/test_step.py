@@ -1,5 +1,6 @@
 """A whole step: its predicted peak against what the allocator saw, and budgets of it."""
 
+import functools
 import time
 
 import pytest
@@ -8,11 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import backfuse
-from backfuse import BlockSpec, BlockStack, ModelSpec, Plan
+from backfuse import BlockSpec, BlockStack, ModelSpec, Plan, TransformerBlock
 from backfuse.bench.measure import allocator_trace
 from backfuse.bench.shapes import SHAPES
 from backfuse.blocks.devices import Device
+from backfuse.blocks.keep import INPUT
 from backfuse.blocks.planner.optimal import GAP, BudgetError
+from backfuse.blocks.planner.scratch import backward_scratch
 
 CPU = Device(
     "cpu", "interpreter", 1e11, 1.0, 1e10, 5e9, 10**10, 0, 1, 0, (torch.float32, torch.bfloat16)
@@ -107,6 +110,27 @@ def test_the_predicted_peak_is_the_measured_one(case):
     spec, rules, model, options = CASES[case]
     plan = make_plan(spec, rules, model, **options)
     assert plan.peak_bytes == pytest.approx(measured_peak(plan), rel=0.05)
+
+
+@pytest.mark.parametrize("policy", ["keep", "selective", "lean", "full"])
+@pytest.mark.parametrize("position", ["pre", "both", "post", "after_residual"])
+def test_the_scratch_of_a_backward_pass_is_the_measured_one(position, policy):
+    """Wherever norms stand, in one chunk and in several."""
+    other = {} if position != "after_residual" else {
+        "norm": "layernorm", "rope": None, "gated": False, "hidden_act": "gelu", "causal": False,
+    }  # fmt: skip
+    spec = BlockSpec(64, 176, 4, 4, norm_position=position, **other)
+    for tokens in (100, 128, 512):
+        block = TransformerBlock(spec, policy=policy, chunk_size=128)
+        x = torch.randn(1, tokens, 64, requires_grad=True)
+        y = block(x)
+        dz = torch.randn_like(y)
+        seen = allocator_trace(functools.partial(y.backward, dz)).peak_bytes
+        wanted = {INPUT, *dict(block.named_parameters())}
+        predicted = backward_scratch(
+            spec, block.policy, wanted, tokens=tokens, dtype=torch.float32, chunk_size=128
+        )
+        assert predicted == pytest.approx(seen + 4 * dz.numel(), rel=0.05)
 
 
 def test_over_fifty_budgets_no_peak_is_above_and_no_overhead_rises():

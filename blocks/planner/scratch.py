@@ -10,6 +10,8 @@ worked on in chunks of `c`.
 | FFN, weights | d mid, c (d preact, d normed, normed, norm's scratch), weight gradients |
 | attention core | d mid, d attn_out, roped q k v, their gradients, attn_out where rebuilt |
 | QKV | d mid, d x, roped and d q k v, c (d qkv, d normed, normed, norm's scratch), gradients |
+| with post-norms | beside: c (their gradient and, where rebuilt, input and hidden); the sum's
+  gradient where they follow it; what the attention half's reads, where rebuilt |
 
 The gradient of the block's output is counted; the block's kept tensors and its `x` are not.
 """
@@ -121,29 +123,42 @@ def backward_scratch(
     rebuilt = 0
     if "mid" not in kept and ffn_needs.anything:
         rebuilt = stream + (attention + heads if attention else 0)
+    # what a post-norm reads, where it is rebuilt; it stays until the half is done
+    branch = stream if spec.post_norm and attn_needs.anything and "attn_branch" not in kept else 0
 
     # a norm's backward in high precision, into short results through copies
     wide = (3 if size == high else 5) * high
     normed = chunk * h * (2 * size + wide if spec.pre_norm else size)
     several = tokens > chunk_size
+    # the gradient behind a post-norm stays while its chunk is worked on
+    behind = chunk * h * size if spec.post_norm else 0
 
     peak = stream
     if ffn_needs.anything:
         hidden = chunk * f * size * (3 if spec.gated else 2)
-        again = chunk * h * size if "preact" not in kept else 0
+        again = chunk * h * size if "preact" not in kept and spec.pre_norm else 0
         first = ffn_grads if several else 0
         down = each * sum(n for name, n in of_ffn.items() if "down" in name)
+        entry = 0
+        if spec.post_norm:  # its input again, if it was not kept, and the hidden that was made of
+            remade = chunk * (h + f) * size if "ffn_branch" not in kept else 0
+            entry = remade + chunk * h * wide + first
+            hidden += chunk * f * size if remade else 0
+            again += behind + (chunk * h * size if remade else 0)
         steps = (
+            entry + again,
             again + hidden + first,
             chunk * f * size + again + max(first, down),
             normed + again + max(first, down),
-            chunk * h * size * 2 + again + ffn_grads,
+            chunk * h * size * (2 if spec.pre_norm else 1) + again + ffn_grads,
         )
         output = stream if ffn_needs.input else 0
-        peak = max(peak, stream + rebuilt + output + chunk * p * size + max(steps))
+        peak = max(peak, stream + rebuilt + branch + output + chunk * p * size + max(steps))
     if attn_needs.anything:
         out = tokens * spec.attn_out_size * size
-        before = stream * (2 if ffn_needs.anything else 1) + ffn_grads + attention
+        before = stream * (2 if ffn_needs.anything else 1) + ffn_grads + attention + branch
+        # the gradient of the sum that a norm follows, or of the last chunk before a post-norm
+        before += stream if spec.norm_after_residual else behind
         # copies made for rotation stay until the half is done
         projection = each * sum(n for name, n in of_attn.items() if "o_proj" in name)
         core = before + out + heads + qkv + projection
@@ -151,8 +166,15 @@ def backward_scratch(
         last = before + heads + qkv + output + chunk * spec.qkv_size * size
         first = attn_grads if several else projection
         qk_norm = chunk * spec.q_size * (3 * size + wide) if spec.qk_norm else 0
-        qk_norm += 2 * chunk * h * size if several and qk_norm else 0  # of the chunk before
-        last += max(max(normed, qk_norm) + first, 2 * chunk * h * size + attn_grads)
+        passed = (2 if spec.pre_norm else 1) * chunk * h * size
+        qk_norm += passed if several and qk_norm else 0  # of the chunk before
+        rotation = 0
+        if spec.rope is not None:  # the result, its source in high precision, the transposed sines
+            copies = 1 if size == high else 2
+            rotation = chunk * (copies * (spec.q_size + spec.kv_size) + spec.rotary_dim) * high
+            rotation += passed if several else 0
+        at_end = chunk * h * size * (2 if spec.pre_norm or several else 1)
+        last += max(max(normed, qk_norm, rotation) + first, at_end + attn_grads)
         peak = max(peak, core, last)
     return peak
 
