@@ -5,8 +5,8 @@ attention, nothing elementwise. PyTorch's CPU attention kernel is counted by its
 not see causality; everybody else by the blocks of keys that some query sees. `block_matmuls`
 lists the products one by one, `block_flops` adds them up.
 
-Importing this module gives PyTorch the formulas it lacks: for its CPU flash attention, and for
-oneDNN's linear layer.
+Importing this module gives PyTorch the formulas it lacks: for its CPU flash attention, for oneDNN's
+linear layer, and, where it has none (2.11), for attention with fewer heads of keys than of queries.
 """
 
 from __future__ import annotations
@@ -37,17 +37,41 @@ from .spec import LAYER_SCALE, BlockSpec, check_spec
 aten = torch.ops.aten
 
 
+def _all_heads(q: Any, k: Any, v: Any) -> tuple[Any, ...]:
+    """The shapes as if each head of q had keys of its own."""
+    return q, (k[0], q[1], *k[2:]), (v[0], q[1], *v[2:])
+
+
+def _forward(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(*_all_heads(q, k, v))
+
+
+def _backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(grad, *_all_heads(q, k, v))
+
+
+def _counts_groups() -> bool:
+    """Whether PyTorch's formulas take fewer heads of keys than of q; 2.11's raise."""
+    try:
+        sdpa_flop_count((1, 2, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1))
+    except AssertionError:
+        return False
+    return True
+
+
 def _register() -> None:
     if aten._scaled_dot_product_flash_attention_for_cpu in flop_registry:
         return
-
-    @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
-    def forward(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-        return sdpa_flop_count(q, k, v)
-
-    @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
-    def backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-        return sdpa_backward_flop_count(grad, q, k, v)
+    kernels = ["flash_attention_for_cpu"]
+    if not _counts_groups():
+        kernels += ["flash_attention", "efficient_attention", "cudnn_attention"]
+    for kernel in kernels:
+        formulas: dict[str, Any] = {"": _forward, "_backward": _backward}
+        for suffix, formula in formulas.items():
+            operator = getattr(aten, f"_scaled_dot_product_{kernel}{suffix}", None)
+            if operator is not None:
+                flop_registry.pop(operator, None)
+                register_flop_formula(operator)(formula)
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def linear(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:

@@ -8,6 +8,7 @@ from families import FAMILIES, FROZEN, POLICIES, make_block, make_input
 from torch.utils.flop_counter import FlopCounterMode
 
 from backfuse import BlockSpec, block_flops
+from backfuse.blocks import flops
 
 
 def count(function):
@@ -101,3 +102,22 @@ def test_llama_3_8b_by_arithmetic():
     assert {name: round(value, 1) for name, value in extra.items()} == {
         "selective": 15.2, "lean": 20.7, "full": 25.0,
     }  # fmt: skip
+
+
+def test_attention_with_groups_is_counted_whatever_pytorch_counts(monkeypatch):
+    """2.11's formulas take as many heads of keys as of queries."""
+
+    def strict(*shapes):
+        if len({shape[1] for shape in shapes}) > 1:
+            raise AssertionError("shapes are incompatible")
+        return sum(map(sum, shapes))
+
+    q, kv = (2, 8, 5, 16), (2, 2, 7, 16)
+    whole = (2, 8, 7, 16)
+    for name, formula in (
+        ("sdpa_flop_count", flops._forward), ("sdpa_backward_flop_count", flops._backward)
+    ):  # fmt: skip
+        monkeypatch.setattr(flops, name, strict)
+        first = (q,) if "backward" in name else ()
+        assert formula(*first, q, kv, kv) == strict(*first, q, whole, whole)
+    assert not flops._counts_groups()
