@@ -310,10 +310,16 @@ class AttentionHalf:
         dx = torch.empty_like(residual) if needs.input else None
         qk_size = spec.q_size + spec.kv_size
         names = [f"self_attn.{name}_norm.weight" for name in "qk"]
+        room = None
+        if len(parts) > 1:  # for the gradients side by side, of a chunk at a time
+            room = residual.new_empty(
+                min(len(residual), call.chunk_size), spec.qkv_size, dtype=call.compute_dtype
+            )
         for rows in call.chunks():
             dqkv = parts[0][rows]
-            if len(parts) > 1:
-                dqkv = torch.cat([part[rows] for part in parts], -1)
+            if room is not None:
+                dqkv = room[: len(dqkv)]
+                torch.cat([part[rows] for part in parts], -1, out=dqkv)
             if self.rotates:
                 dweights = call.ops.qk_rope_backward(
                     dqkv[:, :qk_size],
