@@ -142,7 +142,7 @@ def test_what_is_not_understood():
             return 2 * super()._ff_block(x)
 
     for layer, why in (
-        (make(Other), "gives other numbers than it does"),
+        (make(Other), "its _ff_block is not PyTorch's"),
         (make(activation=torch.tanh), "its activation is none of"),
     ):
         with pytest.raises(ValueError, match=why):
@@ -152,3 +152,43 @@ def test_what_is_not_understood():
         setattr(layer, name, other)
         with pytest.raises(ValueError, match="its norms are not LayerNorms of one eps|no layer"):
             patch(layer)
+
+
+class Positioned(nn.TransformerEncoderLayer):
+    """As a detector's, whose queries get their positions anew in each layer."""
+
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False, pos=None):
+        return super().forward(
+            src if pos is None else src + pos, src_mask, src_key_padding_mask, is_causal
+        )
+
+
+def test_arguments_that_are_not_known(own):
+    layer = make(Positioned)
+    x, pos = torch.randn(2, 2, 9, 24, dtype=torch.float64)
+    expected = [step(layer, x), step(layer, x, pos=pos), step(layer, x, None, None, False, pos)]
+    assert patch(layer, "full")[0].status == "fused"
+    with pytest.warns(UserWarning, match="it is given pos"):
+        found = [step(layer, x), step(layer, x, pos=pos), step(layer, x, None, None, False, pos)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs)
+    assert len(own) == 2
+
+
+def test_errors_are_pytorchs():
+    layer, decoder = make(), make(nn.TransformerDecoderLayer)
+    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    calls = [
+        lambda: layer(x, mask=None), lambda: layer(x, None, None, False, None),
+        lambda: layer(x, is_causal=True), lambda: decoder(x),
+    ]  # fmt: skip
+
+    def errors():
+        for call in calls:
+            with pytest.raises((TypeError, RuntimeError)) as error:
+                call()
+            yield type(error.value), str(error.value)
+
+    expected = list(errors())
+    patch(layer), patch(decoder)
+    assert list(errors()) == expected

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from families import held_bytes
-from tiny_models import FUSED, batch, make_model, step
+from tiny_models import FUSED, HALF, batch, make_model, step
 from transformers import Trainer, TrainingArguments
 
 from backfuse import patch
@@ -104,6 +104,25 @@ def test_patched_first_and_sharded_then(never_own, tmp_path, monkeypatch):
             patch(model, "full")
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("family", HALF)
+@pytest.mark.parametrize("policy", ["keep", "lean"])
+def test_checkpointing_reaches_the_half_that_is_the_layers_own(family, policy):
+    """Where one recomputes, the experts are replayed, as Hugging Face's checkpointing does."""
+    model, inputs = make_model(family), batch(family)
+    own = [*model.parameters(), *model.buffers()]
+    expected = step(model, inputs)
+    model.gradient_checkpointing_enable()
+    theirs = held_bytes(lambda: model(**inputs), own)[0]
+    assert len(patch(model, policy).half) == 2
+    most = {"keep": 1.5, "lean": 2.5}[policy] * theirs
+    assert held_bytes(lambda: model(**inputs), own)[0] < most
+    found = step(model, inputs)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    model.gradient_checkpointing_disable()
+    assert held_bytes(lambda: model(**inputs), own)[0] > 3 * theirs
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "vit"])

@@ -173,7 +173,7 @@ class ByTokens(Layer):
         (Layer(extra=torch.tanh), "gives other numbers"),
         (Layer(act=torch.tanh), "its activation is none of silu"),
         (Layer(act=lambda x: F.silu(1.02 * x)), "its activation is none of silu"),
-        (Timm(paths=True), "gives other numbers|a copy of it raised"),
+        (Timm(paths=True), "it draws random numbers besides dropout"),
         (Buffer(), "it holds seen .64, 64., a mask of its own perhaps"),
         (Window(), "attention_window = 300, a window of its own perhaps"),
         (Late(), "what it computes depends on position_ids"),

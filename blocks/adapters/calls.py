@@ -141,7 +141,9 @@ def weights_of(
         module = parts.get(place, layer)
         if type(module) is not nn.Linear or place in recipe.types:
             module = _unwrapped(name, place, module, recipe, weights, adapters)
-        weight = vars(module)["_parameters"][kind]
+        weight = vars(module)["_parameters"].get(kind)
+        if weight is None:  # a plain attribute in DataParallel's replicas and under FSDP 1
+            weight = getattr(module, kind, None)
         if not split and type(weight) not in (Tensor, nn.Parameter):
             raise OwnForward(f"{place}.{kind} is a {type(weight).__name__}")
         weights[name] = weight

@@ -90,6 +90,16 @@ def _present(module: nn.Module) -> tuple[str, ...]:
     return tuple([n for n, p in vars(module)["_parameters"].items() if p is not None])
 
 
+def _as_attributes(module: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether a module has no parameters but those, and the others of them as plain tensors.
+
+    So have the replicas of DataParallel, and modules in the forward pass of FSDP's first kind.
+    """
+    others = [name for name in names if vars(module)["_parameters"].get(name) is None]
+    plain = all(isinstance(vars(module).get(name), Tensor) for name in others)
+    return plain and set(_present(module)) <= {*names, "_flat_param"}
+
+
 def change(layer: nn.Module, parts: Mapping[str, nn.Module], facts: Facts) -> str | None:
     """What is another than when the facts were taken, or None."""
     for path, module in (("", layer), *parts.items()):
@@ -101,7 +111,7 @@ def change(layer: nn.Module, parts: Mapping[str, nn.Module], facts: Facts) -> st
             if type(module).__module__.startswith("peft."):
                 continue
             return f"{path} is a {type(module).__name__}, was a {kind.__name__}"
-        if _present(module) != present:
+        if _present(module) != present and not _as_attributes(module, present):
             return f"{path or 'it'} has the parameters {_present(module)}, had {present}"
         own = vars(module)
         if all(map(operator.is_, map(own.get, names), values)):  # nearly always, and quick

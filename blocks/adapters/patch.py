@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from backfuse.blocks.devices import Device
 from backfuse.blocks.inputs import check_chunk_size, check_impl, check_offload_dir
@@ -20,7 +20,7 @@ from backfuse.blocks.planner.plan import Plan
 from backfuse.blocks.policy import Policy, PolicyLike
 
 from .live import read_layers
-from .patched import State, obstacle, original_class, state_of, swap, unswap
+from .patched import State, obstacle, original_class, patched_class, state_of, swap, unswap
 from .read import foreign_adapter, layers_of, not_understood, read
 from .recipe import Recipe
 from .report import PatchedLayer, PatchReport
@@ -90,6 +90,12 @@ def patch(
                 f"{name} is None, expected the number of a training step's: what a layer keeps "
                 "for a budget depends on it"
             )
+    of_plans = {
+        "batch_size": batch_size, "seq_len": seq_len, "device": device, "profile": profile or None,
+    }  # fmt: skip
+    for name, given in of_plans.items():
+        if not by_plan and given is not None:
+            raise ValueError(f"{name} is {given!r} without a budget, which alone it is for")
     options: dict[str, Any] = {
         "chunk_size": check_chunk_size(chunk_size), "impl": impl, "ffn_strategy": ffn_strategy,
         "offload_dir": check_offload_dir(offload_dir),
@@ -97,6 +103,12 @@ def patch(
     check_impl(impl, ffn_strategy)
     layers = list(layers_of(model))
     found = read(layers)
+    for name, layer in layers:  # what can fail is done before anything is changed
+        if isinstance(found[name], Recipe):
+            try:
+                patched_class(original_class(layer))
+            except Exception as error:  # whatever somebody's metaclass raises
+                found[name] = f"no class can be made of its own: {type(error).__name__}: {error}"
     known = {name: recipe for name, recipe in found.items() if isinstance(recipe, Recipe)}
     if not known and layers and all(foreign_adapter(layer) for _, layer in layers):
         rows = [PatchedLayer(n, original_class(m).__name__, "skipped", None, str(found[n]))
@@ -163,10 +175,9 @@ def _check_model(model: object) -> None:
                 "(and unpatch) first, shard then"
             )
     for name, parameter in model.named_parameters():
-        if type(parameter.data) is not Tensor:
+        if hasattr(parameter, "device_mesh"):
             raise ValueError(
-                f"{name} is a {type(parameter.data).__name__}, expected a plain tensor: patch "
-                "first, distribute then"
+                f"{name} is a DTensor, expected a plain tensor: patch first, distribute then"
             )
 
 

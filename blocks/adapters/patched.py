@@ -164,6 +164,8 @@ def _forward(layer: nn.Module, original: type[nn.Module], args: Any, kwargs: Any
     }  # fmt: skip
     policy = current_policy(layer, state)
     if parallel is None:
+        if recipe.rest is not None and _checkpointing(layer):
+            given = *given, layer._gradient_checkpointing_func
         output = run(layer, recipe, policy, weights, options, *given)
     else:
         x, position, seen = given

@@ -13,7 +13,9 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,15 +26,20 @@ from torch.overrides import TorchFunctionMode
 
 from backfuse.kernels.reference.rope import rope_cos_sin
 
+from .attributes import NotUnderstood
+
 #: Sequences and tokens of the input: unlike each other, and unlike most sizes of a layer.
 BATCH_SIZE, SEQ_LEN = 2, 7
+
+#: Where a module holds hooks.
+HOOKS = [name for name in vars(nn.Module()) if "hook" in name and "state_dict" not in name]
 
 #: Arguments of a layer's forward that are known besides its input, which comes first.
 MASK, ANGLES = "attention_mask", "position_embeddings"
 
 
 def stand_in(layer: nn.Module, original: type[nn.Module]) -> nn.Module:
-    """A copy on the CPU, in fp32, with random parameters, in training.
+    """A copy on the CPU, in fp32, with random parameters and buffers, without hooks, in training.
 
     Args:
         layer: the live layer; only looked at.
@@ -50,8 +57,15 @@ def stand_in(layer: nn.Module, original: type[nn.Module]) -> nn.Module:
         fresh = torch.empty(parameter.shape).uniform_(-width, width, generator=generator)
         memo[id(parameter)] = nn.Parameter(fresh if matrix else fresh + 0.75, requires_grad=False)
     for buffer in layer.buffers():
-        known = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.detach().cpu()
-        memo[id(buffer)] = known.float() if known.is_floating_point() else known.clone()
+        if buffer.is_floating_point():  # what reads it is not understood: it may change any time
+            known = torch.rand(buffer.shape, generator=generator) + 0.75
+        else:
+            known = torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.cpu()
+        memo[id(buffer)] = known.clone()
+    for module in layer.modules():  # somebody's hooks are not to be called, nor copied
+        for name in HOOKS:
+            if (hooks := vars(module).get(name)) is not None:
+                memo[id(hooks)] = type(hooks)()
     result = copy.deepcopy(layer, memo)
     result.__class__ = original
     for path, module in list(result.named_modules()):
@@ -124,6 +138,22 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@contextmanager
+def no_chance() -> Iterator[None]:
+    """Where nothing may draw random numbers but dropout, which is made the identity.
+
+    Raises:
+        NotUnderstood: if something did, when it is left. Generators stay as they were.
+    """
+    with torch.random.fork_rng(devices=[]):
+        before, drawn = torch.get_rng_state(), random.getstate()
+        yield
+        chance = random.getstate() != drawn or not torch.equal(torch.get_rng_state(), before)
+        random.setstate(drawn)
+    if chance:
+        raise NotUnderstood("it draws random numbers besides dropout (stochastic depth, say)")
+
+
 def forward_arguments(original: type[nn.Module]) -> tuple[tuple[str, ...], set[str]]:
     """Names of a forward's arguments in their order, and those that must be given."""
     parameters = list(inspect.signature(original.forward).parameters.values())[1:]
@@ -182,7 +212,7 @@ def run(layer: nn.Module, x: Tensor, **given: Any) -> Observation:
         if path
     ]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _NoDropout(seen):
+        with torch.no_grad(), no_chance(), _NoDropout(seen):
             seen.output = layer(x, **given)
     finally:
         for handle in handles:

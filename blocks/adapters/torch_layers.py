@@ -20,7 +20,7 @@ from backfuse.kernels.reference.activation import ACTIVATIONS
 
 from .attributes import NotUnderstood
 from .recipe import OwnForward, Recipe, agrees
-from .stand_in import SEQ_LEN, random_input, stand_in
+from .stand_in import SEQ_LEN, no_chance, random_input, stand_in
 
 KINDS = {nn.TransformerEncoderLayer: "encoder", nn.TransformerDecoderLayer: "decoder"}
 
@@ -60,6 +60,10 @@ def understand_torch(layer: nn.Module, original: type[nn.Module], kind: str) -> 
         NotUnderstood: with the reason.
     """
     copy: Any = stand_in(layer, original)
+    base = next(base for base, name in KINDS.items() if name == kind)
+    for name in ("_sa_block", "_ff_block"):
+        if getattr(original, name) is not getattr(base, name):
+            raise NotUnderstood(f"its {name} is not PyTorch's, and would not be called")
     heads = copy.self_attn
     if not heads._qkv_same_embed_dim or heads.bias_k is not None or heads.add_zero_attn:
         raise NotUnderstood("its attention has more than q, k and v of one width")
@@ -122,7 +126,7 @@ def _check(copy: nn.Module, original: type[nn.Module], recipe: Recipe) -> None:
             module.p = 0.0
         elif isinstance(module, nn.MultiheadAttention):
             module.dropout = 0.0
-    own = dict(copy.named_parameters())
+    own = dict(copy.named_parameters(remove_duplicate=False))
     weights = {name: own[path] for name, path in recipe.names.items()}
     x = random_input(recipe.spec.hidden_size)
     causal = torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool).triu(1)
@@ -134,7 +138,7 @@ def _check(copy: nn.Module, original: type[nn.Module], recipe: Recipe) -> None:
     prefix = "src" if recipe.kind == "encoder" else "tgt"
     masks = {f"{prefix}_mask": causal, f"{prefix}_key_padding_mask": padding}
     for given in ({}, masks):
-        with torch.no_grad():
+        with torch.no_grad(), no_chance():
             theirs = original.forward(copy, *args, **given)
             read = torch_arguments(copy, recipe, args, given)
             ours = run_torch(copy, recipe, KEEP, weights, {}, *read)
@@ -158,12 +162,20 @@ def torch_arguments(
     names = ARGUMENTS[recipe.kind]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     prefix = names[0]
+    unknown = sorted(given.keys() - set(names))
+    if unknown or len(args) > len(names):
+        raise OwnForward(f"it is given {', '.join(unknown) or 'more'} than a block knows")
+    if recipe.kind == "decoder" and not isinstance(given.get("memory"), Tensor):
+        raise OwnForward("it is given no memory")
     x = given.get(prefix)
     if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or not x.numel():
         raise OwnForward("its input is no tensor of three dimensions, or empty")
     if not _batch_first(layer):
         x = x.transpose(0, 1)
     mask, padding = given.get(f"{prefix}_mask"), given.get(f"{prefix}_key_padding_mask")
+    hint = "is_causal" if recipe.kind == "encoder" else "tgt_is_causal"
+    if given.get(hint) and mask is None:
+        raise OwnForward(f"it is given {hint} without the mask of which that is a hint")
     seen = _seen(mask, padding, len(x), recipe.spec.num_attention_heads, x.shape[1], x.dtype)
     cross = {
         "attn_mask": given.get("memory_mask"),

@@ -6,7 +6,7 @@ activation or a factor that was overlooked moves its output by far more than rou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -62,6 +62,7 @@ def run_hf(
     x: Tensor,
     position: tuple[Tensor, Tensor] | None,
     seen: Mapping[str, Any],
+    replay: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """A layer's output: a block, or its attention half and what is the layer's own.
 
@@ -74,6 +75,7 @@ def run_hf(
         x: `[batch, seq_len, width]`.
         position: cos and sin, or None.
         seen: of the arguments of `TransformerBlock.forward` those that say what tokens see.
+        replay: the checkpoint around what is the layer's own, or None.
     """
     given: dict[str, Any] = {ANGLES: position, **seen, **options}
     if recipe.rest is None:
@@ -82,14 +84,18 @@ def run_hf(
         given.pop(name, None)
     mid = attention(x, weights, recipe.spec, policy, **given)
     norm, ffn = (layer.get_submodule(path) for path in recipe.rest)
-    return torch.add(mid, first_tensor(ffn(norm(mid))), alpha=recipe.spec.residual_multiplier)
+
+    def rest(mid: Tensor) -> Tensor:
+        return torch.add(mid, first_tensor(ffn(norm(mid))), alpha=recipe.spec.residual_multiplier)
+
+    return rest(mid) if replay is None else replay(rest, mid)
 
 
 def _run_guess(
     layer: nn.Module, guess: Guess, x: Tensor, position: Any, mask: Tensor | None
 ) -> Tensor:
     """What a guess gives on a stand-in's weights."""
-    own = dict(layer.named_parameters())
+    own = dict(layer.named_parameters(remove_duplicate=False))
     weights = {name: own[path] for name, path in guess.names.items()}
     position = position if guess.spec.rope else None
     return run_hf(layer, guess, KEEP, weights, {}, x, position, {MASK: mask})
@@ -172,7 +178,9 @@ def _understand_hf(layer: nn.Module, original: type[nn.Module]) -> Recipe:
                     if masks == "flash":
                         guess = replace(guess, spec=_windowed(guess.spec, windows))
                     return replace(_recipe(layer, guess, arguments, extra, unmasked), masks=masks)
-    raise NotUnderstood("what was made of its parts gives other numbers than it does")
+    buffers = [name for name, buffer in layer.named_buffers() if buffer.is_floating_point()]
+    reason = "what was made of its parts gives other numbers than it does"
+    raise NotUnderstood(reason + (f" (it may read {', '.join(buffers)})" if buffers else ""))
 
 
 def _windowed(spec: BlockSpec, windows: set[int | None]) -> BlockSpec:

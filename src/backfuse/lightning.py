@@ -18,6 +18,7 @@ except ImportError:
     from pytorch_lightning import Callback
 
 from backfuse.blocks.adapters.patch import patch
+from backfuse.blocks.adapters.read import layers_of
 from backfuse.blocks.adapters.report import PatchReport
 from backfuse.blocks.policy import PolicyLike
 
@@ -52,6 +53,11 @@ class Patch(Callback):  # type: ignore[misc]
             TypeError, ValueError: see `backfuse.patch`.
         """
         if stage == "fit":
+            if not any(layers_of(pl_module)):
+                raise ValueError(
+                    f"{type(pl_module).__name__} holds nothing with a norm and projections yet: if "
+                    "its configure_model makes the layers, call backfuse.patch at the end of that"
+                )
             self.report = patch(pl_module, **self.arguments)
             if trainer.is_global_zero:
                 print(self.report)

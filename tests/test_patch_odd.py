@@ -1,0 +1,198 @@
+"""`patch` on layers that somebody did something to: hooks, wrappers, ties, chance, odd classes."""
+
+import copy
+import threading
+import warnings
+
+import pytest
+import torch
+from families import same_bits
+from tiny_models import batch, make_model, step
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn import functional as F
+
+from backfuse import patch, unpatch
+from backfuse.blocks.adapters import patched
+
+IDS = batch("llama")
+
+
+def layers_of(model):
+    return model.model.layers
+
+
+@pytest.fixture
+def never_own(monkeypatch):
+    """Fails where a layer runs its own forward."""
+    monkeypatch.setattr(patched, "_own_forward", lambda *args: pytest.fail(args[3]))
+
+
+def test_hooks_are_neither_called_nor_copied_by_patch():
+    model = make_model("llama")
+    seen, lock = [], threading.Lock()
+
+    def count(module, *rest):
+        with lock:  # which cannot be copied
+            seen.append(module)
+
+    for layer in layers_of(model):
+        layer.register_forward_hook(count)
+        layer.register_forward_pre_hook(count)
+        layer.mlp.register_forward_hook(count)
+    report = patch(model, "full")
+    assert not seen
+    assert len(report.fused) == 2
+    assert "mlp has a hook" in str(report)  # which goes on being called
+    model(**IDS)
+    assert len(seen) == 6
+
+
+def test_a_hook_that_changes_the_layers_output(never_own):
+    plain, ours = make_model("llama"), make_model("llama")
+    for model in (plain, ours):
+        for layer in layers_of(model):
+            layer.register_forward_hook(lambda module, args, output: output + 0.5)
+    patch(ours, "full")
+    expected, found = step(plain, IDS), step(ours, IDS)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_replicas_hold_their_weights_as_plain_attributes(never_own):
+    """As `torch.nn.parallel.replicate` makes them."""
+
+    def replicate(module):
+        replica = module._replicate_for_data_parallel()
+        for name, child in module.named_children():
+            setattr(replica, name, replicate(child))
+            replica._modules[name] = getattr(replica, name)
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, parameter.view_as(parameter))
+        return replica
+
+    model = make_model("llama")
+    expected = step(model, IDS)
+    patch(model, "full")
+    replica = replicate(model)
+    assert not list(replica.parameters())
+    model.zero_grad(set_to_none=True)
+    logits = replica(**IDS).logits
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS["input_ids"][:, 1:].flatten()).backward()
+    torch.testing.assert_close(logits, expected["logits"], rtol=1e-4, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_fsdps_first_kind(use_orig_params, tmp_path, never_own):
+    expected = step(make_model("llama"), IDS)["logits"]
+    model = make_model("llama")
+    patch(model, "full")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # FSDP's own, about one rank
+            sharded = FullyShardedDataParallel(
+                model, auto_wrap_policy=ModuleWrapPolicy({type(layers_of(model)[0])}),
+                use_orig_params=use_orig_params, device_id=torch.device("cpu"),
+                sharding_strategy=ShardingStrategy.FULL_SHARD,
+            )  # fmt: skip
+        logits = sharded(**IDS).logits
+        logits.square().mean().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert all(p.grad is not None and p.grad.any() for p in sharded.parameters())
+
+
+class Quantised(torch.Tensor):
+    """Stands for a quantised weight."""
+
+
+def test_a_weight_of_another_kind_of_tensor_is_its_layers_own():
+    model = make_model("llama")
+    expected = step(model, IDS)
+    weight = layers_of(model)[1].self_attn.q_proj.weight
+    layers_of(model)[1].self_attn.q_proj.weight = nn.Parameter(weight.data.as_subclass(Quantised))
+    report = patch(model, "full")
+    assert "q_proj.weight is a Quantised" in str(report)
+    with pytest.warns(UserWarning, match="is a Quantised"):
+        found = step(model, IDS)
+    torch.testing.assert_close(
+        found["logits"].as_subclass(torch.Tensor), expected["logits"], rtol=1e-4, atol=1e-5
+    )
+    assert unpatch(model) == 2
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_weights_that_are_tied_inside_a_layer(last, never_own):
+    models = [make_model("llama", mlp_bias=False) for _ in range(2)]
+    for model in models:
+        for layer in layers_of(model)[last:]:
+            layer.mlp.gate_proj.weight = layer.mlp.up_proj.weight
+    expected = step(models[0], IDS)
+    assert len(patch(models[1], "full").fused) == 2
+    found = step(models[1], IDS)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+Llamas = type(layers_of(make_model("llama"))[0])
+
+
+class Skipping(Llamas):
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+        if self.training and torch.rand(()) < 1e-3:
+            return hidden_states
+        return super().forward(hidden_states, attention_mask, None, None, False,
+                               position_embeddings=position_embeddings, **kwargs)  # fmt: skip
+
+
+class Scaled(Llamas):
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+        y = super().forward(hidden_states, attention_mask, None, None, False,
+                            position_embeddings=position_embeddings, **kwargs)  # fmt: skip
+        return y * self.layer_scalar
+
+
+class Picky(Llamas):
+    def __init_subclass__(cls, *, tag, **options):
+        super().__init_subclass__(**options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Skipping, "it draws random numbers besides dropout"),
+        (Scaled, "gives other numbers than it does .it may read layer_scalar"),
+        (Picky, "no class can be made of its own: TypeError"),
+    ],
+)
+def test_a_layer_that_is_skipped(kind, why):
+    """One of two; chance and a buffer of one would go unseen in most runs."""
+    model = make_model("llama")
+    layer = layers_of(model)[1]
+    layer.__class__ = kind
+    layer.register_buffer("layer_scalar", torch.ones(1))
+    state = torch.get_rng_state()
+    report = patch(model, "full")
+    assert same_bits([state], [torch.get_rng_state()])
+    assert [row.status for row in report] == ["fused", "skipped"]
+    assert type(layer) is kind
+    with pytest.raises(ValueError, match=why):
+        patch(nn.ModuleList([copy.deepcopy(layer)]))
+
+
+def test_arguments_of_a_plan_without_a_budget():
+    model = make_model("llama")
+    for given in ({"batch_size": 4}, {"seq_len": 8}, {"device": "h200"}, {"profile": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(given))} is .* without a budget"):
+            patch(model, "full", **given)
+    assert unpatch(model) == 0
