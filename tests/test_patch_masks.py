@@ -155,6 +155,48 @@ def test_positions_of_a_batch_of_one_are_read_once(plain_flash, monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize(
+    ("family", "used", "change"),
+    [
+        ("mistral", "sdpa", lambda inputs: padded(inputs, "left")),
+        ("mistral", "eager", dict),
+        ("llama", FLASH[0], lambda inputs: padded(inputs, "left")),
+        ("llama", FLASH[0], packed),
+        ("bert", "sdpa", lambda inputs: padded(inputs, "right")),
+    ],
+)
+def test_inference_mode(family, used, change, plain_flash):
+    """Whose tensors do not say whether they changed."""
+    inputs = change(batch(family))
+    if family != "bert":
+        inputs["use_cache"] = False
+    model = make_model(family).eval()
+    model.config._attn_implementation = used
+    with torch.inference_mode():
+        expected = model(**inputs)[0]
+        patch(model, "lean")
+        found = model(**inputs)[0]
+    valid = inputs.get("attention_mask", torch.ones(found.shape[:2])).bool()
+    torch.testing.assert_close(found[valid], expected[valid], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("used", ["sdpa", "eager"])
+def test_a_boolean_mask_of_all_tokens(used, monkeypatch):
+    """transformers' eager attention adds it to the scores."""
+    model = make_model("llama")
+    model.config._attn_implementation = used
+    seen = torch.ones(40, 40, dtype=torch.bool).tril()
+    seen[:, :4] = True
+    inputs = {**batch("llama"), "attention_mask": seen[None, None]}
+    expected = step(model, inputs)
+    patch(model)
+    if used == "eager":
+        with pytest.raises(AssertionError, match="boolean, which eager attention adds"):
+            model(**inputs)
+    else:
+        close(step(model, inputs), expected)
+
+
 def test_offsets_that_are_nonsense_are_refused(plain_flash):
     model = make_model("llama")
     model.config._attn_implementation = FLASH[0]

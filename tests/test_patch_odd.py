@@ -144,6 +144,54 @@ def test_weights_that_are_tied_inside_a_layer(last, never_own):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("saved", ["down_proj", "mlp", "self_attn", "input_layernorm"])
+def test_modules_to_save_are_read_at_each_call(saved, first, never_own):
+    peft = pytest.importorskip("peft")
+
+    def make():
+        target = "gate_proj" if saved == "self_attn" else "q_proj"
+        lora = peft.LoraConfig(r=2, target_modules=[target], modules_to_save=[saved])
+        model = make_model("llama")
+        if first:
+            patch(model, "full")
+        model = peft.get_peft_model(model, lora)
+        model.add_adapter("b", copy.copy(lora))
+        if not first:
+            patch(model, "full")
+        with torch.no_grad():
+            for number, parameter in enumerate(model.parameters()):
+                generator = torch.Generator().manual_seed(number)
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    ours, plain = make(), make()
+    unpatch(plain)
+    for model in (ours, plain):
+        model.set_adapter("b")
+    for change in (lambda m: None, lambda m: m.set_adapter("default")):
+        change(ours), change(plain)
+        expected, found = step(plain, IDS), step(ours, IDS)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+        with torch.no_grad(), ours.disable_adapter(), plain.disable_adapter():
+            base = plain(**IDS, use_cache=False).logits
+            torch.testing.assert_close(ours(**IDS, use_cache=False).logits, base)
+        assert not torch.allclose(base, expected["logits"], atol=1e-3)
+
+
+def test_a_part_that_is_gone():
+    model = make_model("llama")
+    patch(model)
+    layer = layers_of(model)[0]
+    down = layer.mlp.down_proj
+    del layer.mlp.down_proj
+    vars(layer.mlp)["down_proj"] = down  # a plain attribute, which is called all the same
+    with pytest.warns(UserWarning, match="mlp.down_proj is not where it was when it was patched"):
+        model(**IDS)
+
+
 Llamas = type(layers_of(make_model("llama"))[0])
 
 

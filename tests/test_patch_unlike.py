@@ -165,6 +165,11 @@ class ByTokens(Layer):
         return super().attend(q * math.log(7 + q.shape[1]), k, v)
 
 
+class Clipped(Layer):
+    def attend(self, q, k, v):
+        return super().attend(q, k, v.clamp(-8.0, 8.0))
+
+
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
@@ -178,8 +183,10 @@ class ByTokens(Layer):
         (Window(), "attention_window = 300, a window of its own perhaps"),
         (Late(), "what it computes depends on position_ids"),
         (ByTokens(), "gives other numbers"),
+        (Clipped(), "large activations give other numbers"),
+        (Layer(act=lambda x: F.silu(x).clamp(max=16.0)), "large activations give other numbers"),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_what_differs_a_little_is_left_alone(layer, why):
     kind = type(layer)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from .attributes import attribute, implementation
 from .facts import change
 from .liger import forward_of_its_own
 from .masks import PACKED, seen_by
-from .peft import unwrap
+from .peft import parts_of, unwrap
 from .projections import projection
 from .recipe import OwnForward, Recipe
 from .stand_in import ANGLES, MASK
@@ -121,7 +120,7 @@ def weights_of(
     """
     if nn.modules.module._has_any_global_hook():
         raise OwnForward("all modules have a hook, which would not be called in its parts")
-    parts = dict(_parts(layer, recipe.rest or ()))
+    parts = dict(parts_of(layer, recipe.rest or ()))
     spec = recipe.spec
     drops = spec.attention_dropout or spec.residual_dropout or spec.activation_dropout
     for path, module in parts.items():
@@ -138,7 +137,9 @@ def weights_of(
     weights: dict[str, Tensor] = {}
     adapters: dict[str, tuple[LoRA, ...]] = {}
     for name, place, kind in recipe.places:
-        module = parts.get(place, layer)
+        module = parts.get(place) if place else layer
+        if module is None:
+            raise OwnForward(f"{place} is not where it was when it was patched; patch again")
         if type(module) is not nn.Linear or place in recipe.types:
             module = _unwrapped(name, place, module, recipe, weights, adapters)
         weight = vars(module)["_parameters"].get(kind)
@@ -177,18 +178,6 @@ def _unwrapped(
         adapters[own] = live.adapters
     inner: nn.Module = live.module
     return inner
-
-
-def _parts(
-    module: nn.Module, skipped: tuple[str, ...], path: str = ""
-) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in a layer that are not called when a block's function runs, by their paths."""
-    for name, child in vars(module)["_modules"].items():
-        place = f"{path}.{name}" if path else name
-        if child is not None and place not in skipped:
-            yield place, child
-            if vars(child)["_modules"]:
-                yield from _parts(child, skipped, place)
 
 
 def _inactive_hooks(module: nn.Module) -> bool:

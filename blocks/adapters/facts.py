@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .liger import is_ligers
+from .peft import parts_of
 
 #: Path of a part -> its type, the names of its parameters, those of its attributes, their values.
 Facts = dict[str, tuple[type[nn.Module], tuple[str, ...], tuple[str, ...], tuple[Any, ...]]]
@@ -31,7 +32,7 @@ def numbers(layer: nn.Module) -> dict[tuple[str, str], Any]:
     """Path and name of each attribute that says which layer this is -> its value."""
     return {
         (path, name): value
-        for path, module in layer.named_modules()
+        for path, module in (("", layer), *parts_of(layer))
         for name, value in vars(module).items()
         if is_number(name) and isinstance(value, int)
     }
@@ -71,7 +72,7 @@ def _key(value: Any) -> object:
 def remember(layer: nn.Module, original: type[nn.Module]) -> Facts:
     """The facts of a layer (path "") and its parts; PEFT's modules apart, which are read live."""
     facts: Facts = {}
-    for path, module in layer.named_modules():
+    for path, module in (("", layer), *parts_of(layer)):
         kind = type(module) if path else original
         if kind.__module__.startswith("peft."):
             continue

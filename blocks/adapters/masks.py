@@ -167,7 +167,7 @@ def _padding(spec: BlockSpec, x: Tensor, mask: Any) -> Tensor:
         valid = mask.bool()
         return valid[:, None, :, None] & valid[:, None, None, :] & ~hidden(spec, x.shape[1], x)
 
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or mask.is_inference():  # which may change unseen
         return made()
     known: dict[object, Tensor] = vars(mask).setdefault("_backfuse_seen", {})
     key = mask._version, spec.causal, spec.sliding_window
@@ -201,20 +201,25 @@ def _restarts(position: Tensor) -> tuple[Tensor | None, int | None]:
             f"it is given a batch of 1, packed or not as position_ids say, whose values are not "
             f"known under compile ({PACKED[0]} would tell)"
         )
-    known = vars(position)
-    if known.get("_backfuse_packed", (None,))[0] != position._version:
-        flat = position.flatten()
-        first = flat.min()
-        found: tuple[Tensor | None, int | None] = None, None
-        if not torch.arange(len(flat), device=flat.device).add(first).equal(flat):
-            starts = (flat == first).nonzero().flatten().to(torch.int32)
-            offsets = F.pad(starts, (0, 1), value=len(flat))
-            if int(offsets[0]):
-                raise OwnForward("its position_ids are those of no packed sequences")
-            found = offsets, int(offsets.diff().max())
-        known["_backfuse_packed"] = position._version, found
-    packed: tuple[Tensor | None, int | None] = known["_backfuse_packed"][1]
-    return packed
+    if position.is_inference():  # which may change unseen
+        return _offsets(position.flatten())
+    known: dict[int, tuple[Tensor | None, int | None]]
+    known = vars(position).setdefault("_backfuse_packed", {})
+    if position._version not in known:
+        known[position._version] = _offsets(position.flatten())
+    return known[position._version]
+
+
+def _offsets(position: Tensor) -> tuple[Tensor | None, int | None]:
+    """As `_restarts`, of positions `[tokens]`."""
+    first = position.min()
+    if torch.arange(len(position), device=position.device).add(first).equal(position):
+        return None, None
+    starts = (position == first).nonzero().flatten().to(torch.int32)
+    offsets = F.pad(starts, (0, 1), value=len(position))
+    if int(offsets[0]):
+        raise OwnForward("its position_ids are those of no packed sequences")
+    return offsets, int(offsets.diff().max())
 
 
 def _mask(recipe: Recipe, x: Tensor, mask: Any) -> Tensor | None:
@@ -234,6 +239,8 @@ def _mask(recipe: Recipe, x: Tensor, mask: Any) -> Tensor | None:
         raise OwnForward(f"its {MASK} is of shape {list(mask.shape)}, with {seq_len} tokens")
     if not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise OwnForward(f"its {MASK} is {mask.dtype}")
+    if mask.dtype == torch.bool and recipe.implementation == "eager":
+        raise OwnForward(f"its {MASK} is boolean, which eager attention adds to its scores")
     traced = torch.compiler.is_compiling()  # a traced mask has no values yet
     if mask.shape[2] == seq_len and not traced and _says_the_spec(mask, spec):
         return None
@@ -257,7 +264,7 @@ def _says_the_spec(mask: Tensor, spec: BlockSpec) -> bool:
     the answer is left on it. On a GPU finding it makes the host wait, once a step.
     """
     capturing = mask.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing or torch.compiler.is_compiling():
+    if capturing or torch.compiler.is_compiling() or mask.is_inference():
         return False
     known: dict[object, bool] = vars(mask).setdefault("_backfuse_says", {})
     key = mask._version, spec.causal, spec.sliding_window

@@ -6,6 +6,7 @@ anybody else's passes through. Read in PEFT 0.21: `tuners/lora/layer.py`, `utils
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,37 @@ class Live(NamedTuple):
         return found
 
 
+def active_of(module: Any) -> Any:
+    """A module, or the one of PEFT's `modules_to_save` that is active in its place."""
+    if type(module).__name__ != "ModulesToSaveWrapper":
+        return module
+    if module.disable_adapters or not module.active_adapters:
+        return module.original_module
+    return module.modules_to_save[module.active_adapters[0]]
+
+
+def parts_of(
+    module: nn.Module, skipped: tuple[str, ...] = (), path: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """The modules inside one, by their paths before PEFT wrapped any for `modules_to_save`.
+
+    Args:
+        module: a layer, or a module inside it.
+        skipped: paths that are left out, with what is inside.
+        path: the module's own.
+    """
+    for name, child in vars(module)["_modules"].items():
+        place = f"{path}.{name}" if path else name
+        if child is None or place in skipped:
+            continue
+        live = active_of(child)
+        if live is not child:
+            yield f"{place} (PEFT's wrapper)", child
+        yield place, live
+        if vars(live)["_modules"]:
+            yield from parts_of(live, skipped, place)
+
+
 def unwrap(module: Any) -> Live:
     """What a module computes with, adapters apart.
 
@@ -60,13 +92,10 @@ def unwrap(module: Any) -> Live:
         TypeError: for a module of PEFT's that computes something else than a base layer with LoRA
             beside it (DoRA and other variants, a quantised base, IA3, ...), saying what.
     """
+    module = active_of(module)
     kind = type(module)
     if not kind.__module__.startswith("peft."):
         return Live(module)
-    if kind.__name__ == "ModulesToSaveWrapper":
-        if module.disable_adapters or not module.active_adapters:
-            return Live(module.original_module)
-        return Live(module.modules_to_save[module.active_adapters[0]])
     if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear"):
         raise TypeError(f"{kind.__module__}.{kind.__name__} computes more than LoRA")
     if module.disable_adapters and module.merged:

@@ -14,7 +14,7 @@ import copy
 import inspect
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,12 +24,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from backfuse.blocks.layouts import as_parameter, in_order
+from backfuse.blocks.spec import BlockSpec
 from backfuse.kernels.reference.rope import rope_cos_sin
 
 from .attributes import NotUnderstood
+from .peft import active_of
 
 #: Sequences and tokens of the input: unlike each other, and unlike most sizes of a layer.
 BATCH_SIZE, SEQ_LEN = 2, 7
+
+#: By how much activations are made large: beyond the bounds that models clamp them to (4 to 16).
+LARGE = 100.0
 
 #: Where a module holds hooks.
 HOOKS = [name for name in vars(nn.Module()) if "hook" in name and "state_dict" not in name]
@@ -69,10 +75,31 @@ def stand_in(layer: nn.Module, original: type[nn.Module]) -> nn.Module:
     result = copy.deepcopy(layer, memo)
     result.__class__ = original
     for path, module in list(result.named_modules()):
-        base = getattr(module, "base_layer", None)  # an adapter's: what it adapts is read
-        if path and isinstance(base, nn.Module):
-            result.set_submodule(path, base)
+        live = active_of(module)
+        live = getattr(live, "base_layer", live)  # an adapter's: what it adapts is read
+        if path and live is not module and isinstance(live, nn.Module):
+            result.set_submodule(path, live)
     return result.train()
+
+
+def enlarge(layer: nn.Module, names: Mapping[str, str], spec: BlockSpec) -> None:
+    """Make a stand-in's activations large, but for the scores: what clamps them is seen then.
+
+    Args:
+        layer: the stand-in, whose projections are multiplied by `LARGE`, but for those of q and k.
+        names: the spec's parameters -> the layer's, by path.
+        spec: what the layer is taken for.
+    """
+    own = dict(layer.named_parameters(remove_duplicate=False))
+    others = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
+    for name, path in names.items():
+        if not name.endswith("_proj.weight") or name in others:
+            continue
+        weight = own[path].data
+        rows = in_order(spec, name, weight)  # a view, but where rows go by heads
+        (rows[-spec.v_size :] if "qkv" in name else rows).mul_(LARGE)
+        if rows.data_ptr() != weight.data_ptr():
+            weight.copy_(as_parameter(spec, name, rows))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from backfuse.kernels.reference.activation import ACTIVATIONS
 
 from .attributes import NotUnderstood
 from .recipe import OwnForward, Recipe, agrees
-from .stand_in import SEQ_LEN, no_chance, random_input, stand_in
+from .stand_in import SEQ_LEN, enlarge, no_chance, random_input, stand_in
 
 KINDS = {nn.TransformerEncoderLayer: "encoder", nn.TransformerDecoderLayer: "decoder"}
 
@@ -137,7 +137,10 @@ def _check(copy: nn.Module, original: type[nn.Module], recipe: Recipe) -> None:
     args = [x] if recipe.kind == "encoder" else [x, x.flip(-1)]
     prefix = "src" if recipe.kind == "encoder" else "tgt"
     masks = {f"{prefix}_mask": causal, f"{prefix}_key_padding_mask": padding}
-    for given in ({}, masks):
+    for given in ({}, masks, None):
+        if given is None:
+            enlarge(copy, recipe.names, recipe.spec)
+            given = {}
         with torch.no_grad(), no_chance():
             theirs = original.forward(copy, *args, **given)
             read = torch_arguments(copy, recipe, args, given)

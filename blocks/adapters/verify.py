@@ -22,6 +22,7 @@ from .attributes import NotUnderstood, head_dim, implementation, residual_width,
 from .facts import numbers, remember
 from .liger import without_liger
 from .masks import masks_of, plain_attention
+from .peft import parts_of
 from .recipe import Recipe, agrees
 from .recognise import Guess, Reading
 from .stand_in import (
@@ -30,6 +31,7 @@ from .stand_in import (
     SEQ_LEN,
     Observation,
     angles,
+    enlarge,
     forward_arguments,
     random_input,
     run,
@@ -175,12 +177,25 @@ def _understand_hf(layer: nn.Module, original: type[nn.Module]) -> Recipe:
                         continue
                     _check_positions(copy, original, output, x, position, mask)
                     unmasked = mask is None or _unmasked(copy, guess, x, position)
+                    _check_large(copy, guess, x, position, mask)
                     if masks == "flash":
                         guess = replace(guess, spec=_windowed(guess.spec, windows))
                     return replace(_recipe(layer, guess, arguments, extra, unmasked), masks=masks)
     buffers = [name for name, buffer in layer.named_buffers() if buffer.is_floating_point()]
     reason = "what was made of its parts gives other numbers than it does"
     raise NotUnderstood(reason + (f" (it may read {', '.join(buffers)})" if buffers else ""))
+
+
+def _check_large(
+    layer: nn.Module, guess: Guess, x: Tensor, position: Any, mask: Tensor | None
+) -> None:
+    """Raise if large activations are clamped; the stand-in is spoilt."""
+    enlarge(layer, guess.names, guess.spec)
+    told = ((ANGLES, position), (MASK, mask))
+    output, _ = only_output(run(layer, x, **{n: v for n, v in told if v is not None}).output)
+    with torch.no_grad():
+        if not agrees(_run_guess(layer, guess, x, position, mask), output, x):
+            raise NotUnderstood("large activations give other numbers: it clamps them, perhaps")
 
 
 def _windowed(spec: BlockSpec, windows: set[int | None]) -> BlockSpec:
@@ -245,10 +260,9 @@ def _recipe(
     layer: nn.Module, guess: Guess, arguments: tuple[str, ...], extra: int | None, unmasked: bool
 ) -> Recipe:
     places = {path.rpartition(".")[0]: name for name, path in guess.names.items()}
+    parts = {"": layer, **dict(parts_of(layer))}
     types = {
-        place: type(layer.get_submodule(place))
-        for place, name in places.items()
-        if "_proj." not in name
+        place: type(parts[place]) for place, name in places.items() if "_proj." not in name
     }
     return Recipe(
         guess.spec, guess.names, types, arguments, extra, unmasked, implementation(layer),
