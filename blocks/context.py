@@ -91,11 +91,26 @@ class Context:
         send = parts[0].new_empty(self.size, sum(widths))
         for room, part in zip(send.split(widths, 1), parts, strict=True):
             room.view(part.shape).copy_(part)
+        if send.is_cpu:  # where it costs nothing to ask; a GPU would wait
+            self._check_lengths(send)
         received = torch.empty_like(send)
         by_name: Any = dist.distributed_c10d
         dist.all_to_all_single(received, send, group=by_name._resolve_process_group(self.group))
         rooms = zip(received.split(widths, 1), parts, strict=True)
         return [room.view(part.shape) for room, part in rooms]
+
+    def _check_lengths(self, send: Tensor) -> None:
+        """Raise a ValueError, on every rank, unless they all have parts of one length."""
+        by_name: Any = dist.distributed_c10d
+        own = torch.tensor([send.numel()])
+        sizes = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(sizes, own, group=by_name._resolve_process_group(self.group))
+        if len({int(size) for size in sizes}) > 1:
+            raise ValueError(
+                "hidden_states is of unlike sizes on the ranks that share its sequences "
+                f"({' to '.join(str(int(size)) for size in sizes)}), expected parts of one length, "
+                "and as many sequences on each"
+            )
 
     def to_heads(self, *parts: Tensor) -> list[Tensor]:
         """From `[batch, own tokens, heads, d]` each to `[batch, all tokens, own heads, d]`."""

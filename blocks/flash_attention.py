@@ -31,7 +31,7 @@ from .flash_attention_op import (
     make_job,
     mask_of,
 )
-from .inputs import check_impl
+from .inputs import check_impl, dtype_under_autocast
 from .replay import operators_matter
 
 
@@ -70,6 +70,8 @@ def flash_attention(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of q over k and v, differentiable in q, k, v and sinks.
+
+    Under autocast q, k and v are cast to its dtype, as by PyTorch's scaled_dot_product_attention.
 
     Where there are not as many keys as queries, the last query stands beside the last key, as in
     FlashAttention from 2.1 on: with `shift = keys - queries`, query i stands where key `i + shift`
@@ -111,6 +113,8 @@ def flash_attention(
         if x.dim() != dims:
             layout = "[batch, rows, heads, dim]" if dims == 4 else "[rows, heads, dim], packed"
             raise ValueError(f"{name} has the shape {list(x.shape)}, expected {layout}")
+    if (dtype := dtype_under_autocast(q)) is not None:
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     if not isinstance(causal, bool):
         raise TypeError(f"causal is {causal!r}, expected True or False")
     _check_numbers(window, softcap, scale, dropout, max_seqlen_q, max_seqlen_k)

@@ -43,7 +43,7 @@ AUTOCAST_DEVICES = frozenset(
 )
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def dtype_under_autocast(x: Tensor) -> torch.dtype | None:
     """The dtype autocast asks for, or None where it does not apply."""
     device = x.device.type
     if x.dtype == torch.float64 or device not in AUTOCAST_DEVICES:
@@ -385,7 +385,7 @@ def prepare(
         traced = torch.compiler.is_compiling()
         seed = torch.ops.backfuse.draw_seed(x, layers) if traced else draw_seed(x, layers)
     inputs = Inputs(cos, sin, attention_mask, cu_seqlens, seed)
-    autocast_dtype = _autocast_dtype(x)
+    autocast_dtype = dtype_under_autocast(x)
     if torch.compiler.is_compiling():  # sizes may be symbols, by which nothing can be chosen
         call = Call(
             spec, x.shape[0], x.shape[1], autocast_dtype or x.dtype, autocast_dtype is not None,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 
 from .errors import nearest
 from .remember import remembered
@@ -44,14 +45,17 @@ class LoRA:
             raise ValueError(f"rank is {self.rank!r}, expected a positive integer")
         for name in ("scale", "dropout"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
-                raise ValueError(f"{name} is {value!r}, expected a number")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not isfinite(value):
+                raise ValueError(f"{name} is {value!r}, expected a finite number")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout!r}, expected 0 <= p < 1")
         if not isinstance(self.use_bias, bool):
             raise ValueError(f"use_bias is {self.use_bias!r}, expected True or False")
         if not isinstance(self.name, str) or not self.name:
             raise TypeError(f"name is {self.name!r}, expected the adapter's name")
+        if not self.name.isprintable() or set(self.name) & {'"', "\\"}:  # an operator's text has it
+            raise ValueError(f"name is {self.name!r}, expected no quotation marks or backslashes")
 
     def parameters(self, projection: str) -> tuple[str, str, str]:
         """The names of A, B and B's bias.

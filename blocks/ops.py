@@ -132,16 +132,20 @@ def _anchor(x: Tensor) -> list[Tensor]:
     """
     if not traceback.has_preserved_node_meta():  # nobody traces
         return []
-    budget = torch._functorch.config.activation_memory_budget
-    if budget == 1:
+    _check_budget()
+    if torch._functorch.config.activation_memory_budget == 1:
         return []
-    if budget == 0:
+    return [torch.ops.backfuse.anchor(x)]
+
+
+def _check_budget() -> None:
+    """Raise a ValueError for a budget of 0, under which no mark counts."""
+    if torch._functorch.config.activation_memory_budget == 0:
         raise ValueError(
             "torch._functorch.config.activation_memory_budget is 0, expected more: at 0 all is "
-            "computed again, what a block recomputes even twice. Under any other budget blocks "
-            "keep what their policies say; policy='full' keeps least"
+            "computed again, what a block recomputes even twice, and dropout drawn anew. Under any "
+            "other budget blocks keep what their policies say; policy='full' keeps least"
         )
-    return [torch.ops.backfuse.anchor(x)]
 
 
 class OpFunction(torch.autograd.Function):
@@ -192,6 +196,8 @@ def _backward_autograd(dz: Tensor, *rest: Any) -> list[Tensor]:
 
 
 def _draw_seed(like: Tensor, layers: int) -> Tensor:
+    if traceback.has_preserved_node_meta():
+        _check_budget()
     with _never_again():
         return draw_seed(like, layers)
 

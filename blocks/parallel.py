@@ -284,6 +284,10 @@ class _Whole:
     parallel: Parallel
 
 
+def _is_split(parameter: Tensor) -> bool:
+    return hasattr(parameter, "device_mesh")  # a DTensor
+
+
 def _sharded(path: str) -> ValueError:
     return ValueError(
         f"{path or 'module'} is sharded already, expected a whole block: parallelize comes before "
@@ -297,11 +301,9 @@ def _whole(module: nn.Module, path: str, mesh: DeviceMesh, sequence_parallel: bo
     Raises:
         ValueError: see `parallelize`.
     """
-    from torch.distributed.tensor import DTensor
-
     layer, name, ends = module.get_submodule(path), path or "module", (False, False)
     own = dict(layer.named_parameters())
-    if any(isinstance(parameter, DTensor) for parameter in own.values()):
+    if any(map(_is_split, own.values())):
         raise _sharded(path)
     if isinstance(layer, TransformerBlock):
         spec, (weights, adapters) = layer.spec, layer.weights()
@@ -322,12 +324,34 @@ def _whole(module: nn.Module, path: str, mesh: DeviceMesh, sequence_parallel: bo
             ) from reason
     spec = local_spec(spec, mesh.size())
     check_adapters(adapters)
+    weights |= _inactive(layer, weights, own)
     used = set(map(id, weights.values()))
     if unused := [n for n, parameter in own.items() if id(parameter) not in used]:
         raise ValueError(
             f"{name} holds {unused[0]}, expected no parameters but those that it computes with"
         )
     return _Whole(weights, Parallel(mesh, spec, sequence_parallel, *ends))
+
+
+def _inactive(
+    layer: nn.Module, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The parameters of LoRA's adapters that are not active, by the names they have when they are.
+
+    Args:
+        layer: the block, or the patched layer.
+        weights: what it computes with now.
+        own: its parameters by their paths.
+    """
+    state, found = state_of(layer), {}
+    places = {name: name for name in weights} if state is None else state.recipe.names
+    parts = ((name.rpartition(".")[0], path.rpartition(".")[0]) for name, path in places.items())
+    projections = {place: name for name, place in parts}
+    for path, parameter in own.items():
+        place, mark, rest = path.partition(".lora_")
+        if mark and rest[:2] in ("A.", "B.") and place in projections:
+            found[f"{projections[place]}.lora_{rest}"] = parameter
+    return found
 
 
 def _ends(module: nn.Module, path: str) -> tuple[bool, bool]:
@@ -349,6 +373,18 @@ def _ends(module: nn.Module, path: str) -> tuple[bool, bool]:
             )
     layer = module.get_submodule(path)
     return layer is layers[0], layer is layers[-1]
+
+
+def _check_ties(module: nn.Module, wholes: Mapping[str, _Whole]) -> None:
+    """Raise a ValueError for a parameter of a block that stands anywhere else too."""
+    split = {id(weight) for whole in wholes.values() for weight in whole.weights.values()}
+    seen: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in split and seen.setdefault(id(parameter), name) != name:
+            raise ValueError(
+                f"{seen[id(parameter)]} and {name} are one parameter, expected a block's weights "
+                "to be its own: each is split by itself"
+            )
 
 
 def _check_meshes(mesh: object, context: object) -> None:
@@ -443,7 +479,7 @@ def parallelize(
     wholes = {}
     for path, layer in layers.items():
         own = isinstance(layer, TransformerBlock)
-        if own and (layer.parallel or layer.context):
+        if own and (layer.parallel or layer.context or any(map(_is_split, layer.parameters()))):
             raise _sharded(path)
         if ranks is not None and not own:
             raise ValueError(
@@ -454,6 +490,7 @@ def parallelize(
             wholes[path] = _whole(module, path, mesh, sequence_parallel)
         if ranks is not None:
             ranks.check(wholes[path].parallel.spec if path in wholes else layer.spec)
+    _check_ties(module, wholes)
     for path, layer in layers.items():
         if isinstance(layer, TransformerBlock):
             layer.context = ranks

@@ -270,6 +270,13 @@ def check_what_cannot_be_split_is_refused():
     refused(lambda: parallelize(torch.nn.Linear(2, 2), tensor), "holds no TransformerBlock")
     once = parallelize(make_stack(SPECS["llama"]), tensor)
     refused(lambda: parallelize(once, tensor), "layers.0 is sharded already")
+    tied = make_stack(SPECS["llama"])
+    tied.layers[1].mlp.down_proj.weight = tied.layers[0].mlp.down_proj.weight
+    refused(
+        lambda: parallelize(tied, tensor),
+        "layers.0.mlp.down_proj.weight and layers.1.mlp.down_proj.weight are one parameter",
+    )
+    assert tied.layers[1].mlp.down_proj.weight is tied.layers[0].mlp.down_proj.weight
     once.set_policy("full", 2)
     refused(lambda: once(part(inputs()[0], True)), "layers.0 has hooks")
     refused(

@@ -174,6 +174,7 @@ def check_lora():
                 patch(model, "lean")
             config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=ADAPTED)
             model = peft.get_peft_model(model, config)
+            model.add_adapter("b", peft.LoraConfig(r=2, target_modules=ADAPTED[1:]))
             torch.manual_seed(3)
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
@@ -182,7 +183,10 @@ def check_lora():
                 patch(model, "lean")
             models.append(parallelize(model, mesh()["tensor"]) if parallel_too else model)
         plain, model = models
-        assert_close(whole(step(model, inputs())), step(plain, inputs()))
+        for name in ("default", "b"):  # the other one was not active when the model was split
+            plain.set_adapter(name)
+            model.set_adapter(name)
+            assert_close(whole(step(model, inputs())), step(plain, inputs()))
 
 
 def check_checkpoints_are_those_of_one_process():

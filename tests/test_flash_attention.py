@@ -155,16 +155,33 @@ def test_lse(impl):
     torch.testing.assert_close(packed_lse, lse[0])
 
 
-def test_dropout_follows_the_generator_and_autocast_changes_nothing():
+def test_dropout_follows_the_generator():
     q, k, v = tensors(1, 40, 40, 2, 2, 8, 8, F32)
     runs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         runs.append(flash_attention(q, k, v, dropout=0.5))
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
-    torch.manual_seed(1)
+
+
+@pytest.mark.parametrize("of_k", [F32, BF16])
+def test_autocast_casts(of_k):
+    """As PyTorch's attention: a k that a rotation left in fp32 is no error."""
+    q, k, v = tensors(1, 40, 40, 2, 2, 8, 8, F32)
+    low = [x.detach().to(BF16).requires_grad_() for x in (q, k, v)]
+    expected = flash_attention(*low)
+    k = k.detach().to(of_k).requires_grad_()
     with torch.autocast("cpu", dtype=BF16):
-        assert torch.equal(flash_attention(q, k, v, dropout=0.5), runs[0])
+        found = flash_attention(q, k, v)
+    assert found.dtype == BF16 and torch.equal(found, expected)
+    grads = torch.autograd.grad(found.float().sum(), (q, k, v))
+    for grad, exact, x in zip(
+        grads, torch.autograd.grad(expected.float().sum(), low), (q, k, v), strict=True
+    ):
+        assert grad.dtype == x.dtype and torch.equal(grad.to(BF16), exact)
+    double = [x.detach().double() for x in (q, k, v)]
+    with torch.autocast("cpu", dtype=BF16):
+        assert flash_attention(*double).dtype == torch.float64
 
 
 def test_a_double_backward_is_refused():

@@ -168,6 +168,26 @@ def test_a_selective_checkpoint_saves_it(saved, runs, backend):
     assert forward.call_count == runs
 
 
+@pytest.mark.parametrize("budget", [0.0, 0.01, 0.5])
+def test_dropout_under_a_memory_budget(budget):
+    """o is linear in v: so its share in the backward pass must be that of the forward's dropout."""
+    q, k, v = tensors(2, 20, 20, 4, 2, 8, 8, torch.float64)
+    w = torch.randn(2, 20, 4, 8, dtype=torch.float64)
+
+    def run(q, k, v):
+        return flash_attention(q * 1.1, k.sin(), v * 2, dropout=0.3) * 3
+
+    run = torch.compile(run, fullgraph=True, backend="aot_eager_decomp_partition")
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        if not budget:  # PyTorch computes everything again, its own dropout anew
+            with pytest.raises(Exception, match="activation_memory_budget is 0, expected more"):
+                run(q, k, v)
+            return
+        out = run(q, k, v)
+    dv, = torch.autograd.grad((out * w).sum(), v)
+    torch.testing.assert_close((dv * v).sum(), (out * w).sum())
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_no_gradient_flows_through_lse(compiled):
     run, (q, k, v) = functools.partial(flash_attention, return_lse=True), case("causal")[1]

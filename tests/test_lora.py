@@ -540,8 +540,10 @@ def test_bad_adapters(given, error, message):
     [
         ({"rank": 0}, "rank is 0, expected a positive integer"),
         ({"rank": 2, "dropout": 1.0}, "dropout is 1.0, expected 0 <= p < 1"),
-        ({"rank": 2, "scale": "1"}, "scale is '1', expected a number"),
+        ({"rank": 2, "scale": "1"}, "scale is '1', expected a finite number"),
+        ({"rank": 2, "scale": float("inf")}, "scale is inf, expected a finite number"),
         ({"rank": 2, "use_bias": 1}, "use_bias is 1, expected True or False"),
+        ({"rank": 2, "name": 'a"b'}, "expected no quotation marks"),
     ],
 )
 def test_bad_values(values, message):

@@ -137,8 +137,8 @@ def weights_of(
     weights: dict[str, Tensor] = {}
     adapters: dict[str, tuple[LoRA, ...]] = {}
     for name, place, kind in recipe.places:
-        module = parts.get(place) if place else layer
-        if module is None:
+        module = parts.get(place, layer)
+        if module is layer and place:
             raise OwnForward(f"{place} is not where it was when it was patched; patch again")
         if type(module) is not nn.Linear or place in recipe.types:
             module = _unwrapped(name, place, module, recipe, weights, adapters)
