@@ -2,18 +2,18 @@
 
     python examples/pretrain.py --policy selective --steps 500 --out runs/first
     torchrun --nproc-per-node 8 examples/pretrain.py --model llama-3.2-1b --layers 16 --bf16 \\
-        --data shards/ --vocabulary 128256 --seq-len 8192 --batch-size 16 --budget 20GiB \\
-        --tensor-parallel 2 --out runs/second        # and the same with --resume goes on
+        --data shards/ --token-dtype uint32 --vocabulary 128256 --seq-len 8192 --batch-size 16 \\
+        --budget 20GiB --tensor-parallel 2 --out runs/second --resume   # begins, or goes on
 
-`--policy` says what the blocks keep for their backward pass, or `--budget` how many bytes; either
-changes memory and time, and not one bit of the result (only fp8 does: a resumed run has to repeat
-it). Every layer is sharded by FSDP2, in one process too. Ctrl-C or SIGTERM finishes the step at
-hand, saves a checkpoint and exits.
+`--policy` says what the blocks keep for their backward pass, or `--budget` how many bytes that may
+be; either changes memory and time, and not one bit of the result (only fp8 does: a resumed run has
+to repeat it). Every layer is sharded by FSDP2, in one process too. Ctrl-C or SIGTERM finishes the
+step at hand, saves a checkpoint and exits; torchrun kills what is left 30 s after its SIGTERM, so a
+step and a checkpoint have to fit in there.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -21,13 +21,15 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from contextlib import closing, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pretrain_config import Config, differences
 from pretrain_data import Tokens, load
 from pretrain_log import Interrupt, Log, check_installed, memory_snapshot, peak_bytes, profiler
 from pretrain_model import Model, Ranks, Shape, clip_gradients, cost_model, flops_per_second
@@ -35,88 +37,15 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from backfuse import block_flops, kept_bytes, plan_on_all_ranks
-from backfuse.bench.options import check_positive, check_seed, writable_folder
-from backfuse.blocks.policy import FP8_NAMES, Policy
+from backfuse.bench.options import writable_folder
 from backfuse.blocks.split import local_spec
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every field is a flag. The first group defines the run, and a resumed run must repeat it."""
-
-    model: str = ""  # a shape's name, or a config.json; empty for the five sizes below
-    hidden_size: int = 256
-    intermediate_size: int = 704
-    layers: int = 6
-    heads: int = 8
-    kv_heads: int = 4
-    vocabulary: int = 0  # 0 for what the config.json says, or 256 for bytes
-    data: str = ""  # a text, a folder of .bin, hf:NAME; empty for the standard library's source
-    token_dtype: str = "uint16"  # of .bin files without a header
-    document_end: int = -1  # a token that no attention crosses and whose next is not learnt
-    seq_len: int = 512
-    batch_size: int = 4  # sequences, of all processes together
-    accumulation: int = 2  # batches whose gradients make one step
-    steps: int = 500
-    warmup: int = 50
-    learning_rate: float = 1e-3
-    final_rate: float = 0.1  # share of the learning rate that is left at the end
-    weight_decay: float = 0.1
-    clip: float = 1.0  # largest norm of the gradient
-    seed: int = 0
-    bf16: bool = False  # passes and weights' gradients; weights and optimizer stay fp32
-
-    policy: str = "selective"
-    budget: str = ""  # bytes kept for backward in each process, as 20GiB; in place of policy
-    tensor_parallel: int = 1  # processes that share each layer
-    compile: bool = False
-    device: str = ""  # empty for a GPU if there is one
-    timeout: int = 600  # seconds that a process waits for the others before it gives up
-    out: str = "runs/pretrain"
-    log_every: int = 10
-    validate_every: int = 100
-    validation_batches: int = 8
-    checkpoint_every: int = 100
-    checkpoints: int = 2  # so many of the last are left
-    resume: bool = False
-    any_layout: bool = False  # resume with other processes than before: the bits may differ
-    tensorboard: bool = False
-    wandb: str = ""  # a project's name
-    memory_snapshot: bool = False  # of step 3, on a GPU
-    trace: bool = False  # of steps 2 and 3, by PyTorch's profiler
-
-    def defining(self) -> dict[str, Any]:
-        """The settings that decide what is learnt."""
-        names = [field.name for field in fields(self)]
-        settings = {name: getattr(self, name) for name in names[: names.index("policy")]}
-        policy = Policy.parse("keep" if self.budget else self.policy)
-        lossy = [name for name in FP8_NAMES if getattr(policy, name) == "fp8"]
-        return settings | {"lossy": ", ".join(f"{name}=fp8" for name in lossy)}
-
-    def check(self) -> None:
-        """Raises a ValueError for numbers that cannot be trained with."""
-        for field in fields(self):
-            free = ("seed", "warmup", "vocabulary", "document_end")
-            if type(field.default) is int and field.name not in free:
-                check_positive(field.name, getattr(self, field.name))
-        check_seed(self.seed)
-        if not isinstance(self.warmup, int) or self.warmup < 0:
-            raise ValueError(f"warmup is {self.warmup}, expected a whole number of at least 0")
-        for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
-        if not 0 <= self.final_rate <= 1:
-            raise ValueError(f"final_rate is {self.final_rate}, expected a share from 0 to 1")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay is {self.weight_decay}, expected a number from 0 up")
 
 
 class Trainer:
     """All that changes while training, and how to put it away and take it up again."""
 
-    def __init__(self, config: Config, tokens: Tokens, ranks: Ranks) -> None:
-        self.config, self.tokens, self.ranks = config, tokens, ranks
-        self.shape = Shape.of(config)
+    def __init__(self, config: Config, shape: Shape, tokens: Tokens, ranks: Ranks) -> None:
+        self.config, self.shape, self.tokens, self.ranks = config, shape, tokens, ranks
         self.local_spec = local_spec(self.shape.spec, config.tensor_parallel)
         self.model = Model.sharded(config, self.shape, tokens.vocabulary, ranks)
         self.sizes = {"batch_size": config.batch_size // ranks.layout[0], "seq_len": config.seq_len}
@@ -139,10 +68,13 @@ class Trainer:
         )  # fmt: skip
         self.generator = torch.Generator().manual_seed(config.seed)
         self.step = 0
+        self.lengths: list[int] = []  # of the documents of the last step
+        # Dropout is another one in each part of a batch, and the same where a part is shared.
+        torch.manual_seed((config.seed + 1 + ranks.mesh.get_local_rank("data")) % 2**64)
 
     @property
     def kept(self) -> int:
-        """Bytes that this process keeps between a batch's forward and backward passes."""
+        """Bytes that this process's blocks keep from a batch's forward to its backward pass."""
         total = 0
         for policy in self.model.blocks.policies:
             kept = kept_bytes(self.local_spec, policy, dtype=self.dtype, **self.sizes)
@@ -155,12 +87,13 @@ class Trainer:
 
     @property
     def step_flops(self) -> float:
-        """Matmul FLOPs of a step, in all processes, without what is rebuilt."""
-        config = self.config
-        sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
-        layer = block_flops(self.shape.spec, "keep", **sizes, device=self.ranks.device)
-        head = 6 * config.batch_size * config.seq_len * self.model.head.weight.numel()
-        return config.accumulation * (self.shape.layers * (layer.forward + layer.backward) + head)
+        """Matmul FLOPs of the last step, in all processes, without what is rebuilt."""
+        layer = block_flops(
+            self.shape.spec, "keep", batch_size=1, seq_len=sum(self.lengths),
+            lengths=self.lengths, device=self.ranks.device,
+        )  # fmt: skip
+        head = 6 * sum(self.lengths) * self.model.head.weight.numel()
+        return self.shape.layers * (layer.forward + layer.backward) + head
 
     def rate(self) -> float:
         """The learning rate of this step: linear warm-up, then a cosine."""
@@ -177,15 +110,22 @@ class Trainer:
         pieces = self.tokens.pieces(split, config.batch_size, config.seq_len, generator)
         ends = pieces[:, :-1] == config.document_end
         count = int((~ends).sum())
+        firsts = nn.functional.pad(ends[:, :-1], (1, 0), value=True)  # of documents
+        self.lengths += offsets(firsts).diff().tolist()
         place = mesh.get_local_rank("data")
-        pieces, ends = (part.chunk(self.ranks.layout[0])[place] for part in (pieces, ends))
+        pieces, ends, firsts = (
+            part.chunk(self.ranks.layout[0])[place] for part in (pieces, ends, firsts)
+        )
         inputs, labels = pieces[:, :-1], pieces[:, 1:].masked_fill(ends, -100)
-        packing = {}
+        packing: dict[str, Any] = {}
         if config.document_end >= 0:  # documents in one row, each seeing itself alone
-            first = nn.functional.pad(ends[:, :-1], (1, 0), value=True).flatten()
-            offsets = torch.cat([first.nonzero().flatten(), torch.tensor([len(first)])]).int()
-            packing = {"cu_seqlens": offsets.to(self.ranks.device), "max_seqlen": config.seq_len}
-            inputs, labels = inputs.reshape(1, -1), labels.reshape(1, -1)
+            starts = offsets(firsts).int().to(self.ranks.device)
+            packing = {"cu_seqlens": starts, "max_seqlen": config.seq_len}
+            inputs, labels, firsts = (x.reshape(1, -1) for x in (inputs, labels, firsts))
+        if self.shape.frequencies:
+            places = torch.arange(firsts.shape[1])  # in the row, then in its document
+            places = places - places.masked_fill(~firsts[:1], 0).cummax(1).values
+            packing["position_embeddings"] = self.shape.angles(places.to(self.ranks.device))
         # Tensor parallelism has each process hold a part of every sequence.
         part = mesh.get_local_rank("tensor")
         tokens, labels = (
@@ -198,6 +138,7 @@ class Trainer:
         """One optimizer step. Returns the loss and the norm of the gradient before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
+        self.lengths = []
         batches = [self.batch("train", self.generator) for _ in range(self.config.accumulation)]
         count = max(1, sum(count for _, count in batches))
         total = torch.zeros((), device=self.ranks.device)
@@ -253,8 +194,7 @@ class Trainer:
         path = folder / f"step-{self.step:08d}"
         temporary = folder / f".{path.name}"
         run = {
-            "config": self.config.defining(), "data": self.tokens.fingerprint,
-            "layout": self.ranks.layout,
+            "run": self.config.defining(self.shape, self.tokens), "layout": self.ranks.layout
         }  # fmt: skip
         try:
             if self.ranks.first:
@@ -262,7 +202,11 @@ class Trainer:
             dist.barrier()
             dcp.save(self.state(), checkpoint_id=temporary)
             if self.ranks.first:
-                (temporary / "run.json").write_text(json.dumps(run))
+                with open(temporary / "run.json", "w") as file:
+                    json.dump(run, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                shutil.rmtree(path, ignore_errors=True)  # one that was not whole
                 os.replace(temporary, path)
                 for old in checkpoints(folder)[: -self.config.checkpoints]:
                     shutil.rmtree(old)
@@ -277,14 +221,12 @@ class Trainer:
         """Continues from a checkpoint; raises a ValueError if it belongs to another run."""
         try:
             run = json.loads((path / "run.json").read_text())
-            saved, data, layout = run["config"], run["data"], run["layout"]
+            saved, layout, before = run["run"], run["layout"], run["run"]["steps"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"resume: {path} is not a checkpoint of this script") from error
-        mine = self.config.defining()
-        differing = [name for name in mine if saved.get(name, "") != mine[name]]
-        changed = [f"{name} {saved.get(name)} -> {mine[name]}" for name in differing]
-        if data != self.tokens.fingerprint:
-            changed.append("the text")
+        mine = self.config.defining(self.shape, self.tokens)
+        longer = mine["steps"] > before
+        changed = differences(saved | ({"steps": mine["steps"]} if longer else {}), mine)
         if layout != self.ranks.layout and not self.config.any_layout:
             changed.append(f"layout {layout} -> {self.ranks.layout} (--any-layout allows it)")
         if changed:
@@ -307,20 +249,51 @@ class Trainer:
             torch.set_rng_state(state[rng])
         elif rng in state:
             torch.cuda.set_rng_state(state[rng], self.ranks.device)
+        if longer and self.ranks.first:
+            print(f"resume: steps {before} -> {mine['steps']}, the learning rate's cosine with it")
+
+
+def offsets(firsts: torch.Tensor) -> torch.Tensor:
+    """Where documents begin in the rows one after another, and the end, int64 [documents + 1]."""
+    return nn.functional.pad(firsts.flatten(), (0, 1), value=True).nonzero().flatten()
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a folder is a checkpoint: the last thing that is written into it can be read."""
+    try:
+        return bool(json.loads((path / "run.json").read_text()))
+    except (OSError, ValueError):
+        return False
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole ones, the oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "run.json").exists())
+    return sorted(path for path in folder.glob("step-*") if is_whole(path))
 
 
-def first_cause(error: Exception) -> BaseException:
+def newest(folder: Path) -> Path | None:
+    """The last whole checkpoint, or None if there is none.
+
+    Raises:
+        ValueError: if there are some, of which none is whole.
+    """
+    found = [path for path in sorted(folder.glob("step-*")) if (path / "run.json").exists()]
+    whole = checkpoints(folder)
+    if found and not whole:
+        raise ValueError(f"out: {found[-1]} is not a checkpoint of this script, or is damaged")
+    for path in found:
+        if path > whole[-1] and dist.get_rank() == 0:
+            print(f"pretrain: {path} is damaged; the one before it counts", file=sys.stderr)
+    return whole[-1] if whole else None
+
+
+def first_cause(error: Exception) -> str:
     """What went wrong in the first process where something did."""
     failures = list(getattr(error, "failures", {}).values())
     cause: BaseException = failures[0][0] if failures else error
     while cause.__context__ is not None:
         cause = cause.__context__
-    return cause
+    return str(cause) or type(cause).__name__
 
 
 def start(config: Config) -> tuple[Trainer, Ranks]:
@@ -332,21 +305,27 @@ def start(config: Config) -> tuple[Trainer, Ranks]:
     config.check()
     shape, out = Shape.of(config), Path(config.out)
     check_installed(config)
-    ranks = Ranks.start(config)
+    ranks = Ranks.start(config, shape)
     if ranks.first:
         writable_folder(out)
     dist.barrier()
-    found = checkpoints(out)
+    found = newest(out)
     if found and not config.resume:
-        raise ValueError(
-            f"out: {found[-1]} exists; continue it with --resume or name another folder"
-        )
-    if config.resume and not found:
-        raise ValueError(f"resume: there is no checkpoint in {out}")
+        raise ValueError(f"out: {found} exists; continue it with --resume or name another folder")
     tokens = load(config.data, config.seq_len, shape.vocabulary, config.token_dtype)
-    trainer = Trainer(config, tokens, ranks)
-    if config.resume:
-        trainer.restore(found[-1])
+    if not -1 <= config.document_end < tokens.vocabulary:
+        raise ValueError(
+            f"document_end is {config.document_end}, expected -1 or one of the vocabulary's ids "
+            f"(below {tokens.vocabulary})"
+        )
+    ours = config.defining(shape, tokens) | {"checkpoint": found and found.name}
+    paths = ("model", "data", "out", "device")  # which may differ, and what they hold may not
+    ranks.check_same({n: v for n, v in asdict(config).items() if n not in paths} | ours)
+    trainer = Trainer(config, shape, tokens, ranks)
+    if found:
+        trainer.restore(found)
+    elif config.resume and ranks.first:
+        print(f"resume: there is no checkpoint in {out}: from the beginning")
     return trainer, ranks
 
 
@@ -358,14 +337,17 @@ def run(config: Config) -> int:
     log = Log(config, trainer.step) if ranks.first else None
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
     what = f"budget {config.budget}" if config.budget else f"policy {config.policy}"
-    processes = f"{dist.get_world_size()} x {ranks.device}"
-    say(f"{trainer.tokens}\n{size / 1e6:.1f} M parameters, {processes}, {what}")
+    shape, processes = trainer.shape, f"{dist.get_world_size()} x {ranks.device}"
+    say(
+        f"{trainer.tokens}\n{size / 1e6:.1f} M parameters: {shape.layers} layers of width "
+        f"{shape.spec.hidden_size}, vocabulary {trainer.tokens.vocabulary}; {processes}, {what}"
+    )
     per_step = config.batch_size * config.seq_len * config.accumulation
     peak_flops = dist.get_world_size() * flops_per_second(ranks.device, trainer.dtype)
-    interrupt, stop = Interrupt(), False
-    with profiler(config) as trace:
+    interrupt, stop, begin = Interrupt(), False, trainer.step
+    with profiler(config) as trace, closing(log) if log else nullcontext():
         while trainer.step < config.steps and not stop:
-            with memory_snapshot(config, trainer.step):
+            with memory_snapshot(config, trainer.step - begin):
                 begun = time.perf_counter()
                 loss, norm = trainer.train_step()
                 seconds = time.perf_counter() - begun
@@ -396,18 +378,10 @@ def run(config: Config) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: a flag for each field of `Config`."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    for name, default in asdict(Config()).items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(default, bool):
-            parser.add_argument(flag, action="store_true")
-        else:
-            parser.add_argument(flag, type=type(default), default=default, metavar=repr(default))
-    config = Config(**vars(parser.parse_args(argv)))
     try:
-        return run(config)
+        return run(Config.parse((__doc__ or "").partition("\n")[0], argv))
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
-        print(f"pretrain: error: {error}", file=sys.stderr)
+        print(f"pretrain: error: {str(error) or type(error).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pretrain: stopped; the last checkpoint is whole", file=sys.stderr)

@@ -82,8 +82,8 @@ def load(data: str, seq_len: int, vocabulary: int = 0, token_dtype: str = "uint1
     """The tokens that `--data` names.
 
     Args:
-        data: a text file (empty: the Python standard library), a folder of `.bin` files, or
-            `hf:NAME[:COLUMN]`, a dataset with a column of text.
+        data: a text file (empty: the Python standard library), a `.bin` file or a folder of
+            them, or `hf:NAME[:COLUMN]`, a dataset with a column of text.
         seq_len: of the pieces that will be wanted.
         vocabulary: number of ids; 0: 256 for bytes; shards want it said.
         token_dtype: of ids in files without a header, `uint16` or `uint32`.
@@ -96,8 +96,9 @@ def load(data: str, seq_len: int, vocabulary: int = 0, token_dtype: str = "uint1
         raise ValueError(f"token_dtype is {token_dtype!r}, expected uint16 or uint32")
     if data.startswith(DATASET):
         return _dataset(data, seq_len, vocabulary)
-    if data and Path(data).is_dir():
-        return _shards(Path(data), seq_len, vocabulary, np.dtype(token_dtype).newbyteorder("<"))
+    path = Path(data)
+    if data and (path.is_dir() or path.suffix == ".bin" and path.is_file()):
+        return _shards(path, seq_len, vocabulary, np.dtype(token_dtype).newbyteorder("<"))
     corpus = load_text(data or None, seq_len)
     return Tokens(
         corpus.name, [corpus.train.numpy()], [corpus.validation.numpy()],
@@ -111,7 +112,7 @@ def _bytes_vocabulary(vocabulary: int) -> int:
     return vocabulary or VOCABULARY
 
 
-def _shard(path: Path, dtype: np.dtype) -> np.ndarray:
+def _shard(path: Path, dtype: np.dtype, vocabulary: int) -> np.ndarray:
     """One file's ids, mapped."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -131,6 +132,11 @@ def _shard(path: Path, dtype: np.dtype) -> np.ndarray:
             f"data: {path} begins with {head[0]} and zeros, expected ids, or a header with one of "
             f"{', '.join(map(str, HEADERS))}: damaged, or of another kind"
         )
+    if not offset and vocabulary > np.iinfo(dtype).max + 1:
+        raise ValueError(
+            f"data: {path} has no header, and the vocabulary is {vocabulary}, more than "
+            f"token_dtype {dtype.name} can tell apart: expected --token-dtype uint32"
+        )
     if not size or (size - offset) % dtype.itemsize:
         raise ValueError(
             f"data: {path} is {size} bytes, expected a positive multiple of {dtype.itemsize} "
@@ -140,18 +146,18 @@ def _shard(path: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def _shards(folder: Path, seq_len: int, vocabulary: int, dtype: np.dtype) -> Tokens:
-    """Every `.bin` of a folder; the last is validated on, or the end of the only one."""
+    """A `.bin`, or those of a folder; the last is validated on, or the end of the only one."""
     if vocabulary < 1:
         raise ValueError(
             f"vocabulary is {vocabulary}, expected the number of ids that {folder} may hold"
         )
-    paths = sorted(folder.glob("*.bin"))
+    paths = sorted(folder.glob("*.bin")) if folder.is_dir() else [folder]
     if not paths:
         raise ValueError(f"data is {folder}, which holds no .bin files")
     digest = hashlib.sha256()
     parts = []
     for path in paths:
-        part = _shard(path, dtype)
+        part = _shard(path, dtype, vocabulary)
         digest.update(f"{path.name} {part.dtype} {len(part)}".encode())
         digest.update(part[:4096].tobytes() + part[-4096:].tobytes())
         if len(part):

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import resource
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -16,11 +17,14 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from pretrain import Config
+    from pretrain_config import Config
 
 
 class Log:
-    """Figures as CSV, for TensorBoard and wandb where asked; only of the first process."""
+    """Figures as CSV, for TensorBoard and wandb where asked; only of the first process.
+
+    `kept_bytes` is what its blocks keep for backward; embedding, head and loss are not counted.
+    """
 
     COLUMNS = ("step", "loss", "norm", "rate", "tokens_per_second", "mfu", "kept_bytes",
                "peak_bytes", "validation_loss")  # fmt: skip
@@ -39,7 +43,7 @@ class Log:
         if config.tensorboard:  # the imports take seconds
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(config.out)
+            self.board = SummaryWriter(config.out, purge_step=step + 1)
         if config.wandb:
             import wandb
 
@@ -56,9 +60,19 @@ class Log:
         if self.wandb:
             self.wandb.log(row, step=row["step"])
 
+    def close(self) -> None:
+        """Hands over what is still in memory."""
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
 
 class Interrupt:
-    """Notices Ctrl-C and SIGTERM, so that a step is never torn. A second one stops at once."""
+    """Notices Ctrl-C and SIGTERM, so that a step is never torn.
+
+    A second Ctrl-C stops at once; a second SIGTERM, as torchrun may send, does nothing.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
@@ -68,7 +82,7 @@ class Interrupt:
     def _ask(self, number: int, _: Any) -> None:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print("\nfinishing this step, then saving; Ctrl-C again to stop at once", flush=True)
 
 
@@ -76,7 +90,8 @@ def peak_bytes(device: str) -> int:
     """The most that this process has held: on its GPU, or in memory altogether."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def check_installed(config: Config) -> None:
@@ -92,9 +107,9 @@ def check_installed(config: Config) -> None:
 
 
 @contextmanager
-def memory_snapshot(config: Config, step: int) -> Iterator[None]:
-    """Every allocation of step 3, for pytorch.org/memory_viz."""
-    asked = config.memory_snapshot and step == 2
+def memory_snapshot(config: Config, done: int) -> Iterator[None]:
+    """Every allocation of the third step since the start, for pytorch.org/memory_viz."""
+    asked = config.memory_snapshot and done == 2
     if asked:
         torch.cuda.memory._record_memory_history()
     yield
@@ -105,7 +120,7 @@ def memory_snapshot(config: Config, step: int) -> Iterator[None]:
 
 
 def profiler(config: Config) -> Any:
-    """PyTorch's, over steps 2 and 3, or nothing."""
+    """PyTorch's, over the second and third step since the start, or nothing."""
     if not config.trace:
         return nullcontext()
     path = Path(config.out) / f"trace-{dist.get_rank()}.json"

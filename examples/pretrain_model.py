@@ -11,12 +11,13 @@ from __future__ import annotations
 import datetime
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from pretrain_config import differences
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -28,21 +29,34 @@ from backfuse.blocks.devices import DEVICES, Device, measure_cpu
 from backfuse.blocks.split import local_spec
 
 if TYPE_CHECKING:
-    from pretrain import Config
-
+    from pretrain_config import Config
 
 #: What some models do to embeddings and logits, as a config.json says it -> where it does nothing.
 SCALES = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}
 
+#: Scaled rotary embeddings whose frequencies do not depend on the length of what is read.
+SCALED_ROPE = ("linear", "llama3", "yarn")
+
 
 @dataclass(frozen=True)
 class Shape:
-    """What the model is: its blocks, how many, and the vocabulary."""
+    """What the model is: its blocks, how many, and the vocabulary.
+
+    Scaled rotary embeddings have their frequencies here, and a factor of cosine and sine.
+    """
 
     spec: BlockSpec
     layers: int
     vocabulary: int = 0
     tied: bool = False
+    frequencies: tuple[float, ...] = ()
+    amplitude: float = 1.0
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, fp32 [..., rotary_dim], of scaled rotary embeddings at positions."""
+        frequencies = torch.tensor(self.frequencies, device=positions.device).repeat(2)
+        turned = positions[..., None].float() * frequencies
+        return turned.cos() * self.amplitude, turned.sin() * self.amplitude
 
     @classmethod
     def of(cls, config: Config) -> Shape:
@@ -61,10 +75,10 @@ class Shape:
             from transformers import AutoConfig
 
             theirs = AutoConfig.from_pretrained(config.model)
-            layers = theirs.num_hidden_layers
+            layers = getattr(theirs, "num_hidden_layers", 1)
             specs = {BlockSpec.from_config(theirs, index) for index in range(layers)}
-            if len(specs) > 1:
-                raise ValueError(f"model is {config.model}, expected one whose layers are alike")
+            if len(specs) != 1:
+                raise ValueError(f"model is {config.model}, expected layers, and all alike")
             [spec] = specs
             found = {name: getattr(theirs, name, None) for name in SCALES}
             found["norm_offset"] = spec.norm_offset  # Gemma, which scales its embeddings as well
@@ -74,19 +88,42 @@ class Shape:
                         f"model is {config.model}, whose {name} is {value}, expected {plain}: "
                         "this script's embedding, last norm and head are plain"
                     )
-            vocabulary = config.vocabulary or theirs.vocab_size
+            if not (vocabulary := config.vocabulary or getattr(theirs, "vocab_size", 0)):
+                raise ValueError(
+                    f"model is {config.model}, a {theirs.model_type} without a vocab_size, "
+                    "expected a language model"
+                )
             shape = cls(spec, layers, vocabulary, bool(theirs.tie_word_embeddings))
+            if spec.rope and spec.rope_theta is None:
+                shape = shape.scaled(theirs)
         else:
             raise ValueError(
                 f"model is {config.model!r}, expected a config.json or one of "
                 f"{', '.join(ALL_SHAPES)}"
             )
-        if shape.spec.rope is None or shape.spec.rope_theta is None:
+        if shape.spec.rope is None:
             raise ValueError(
-                f"model is {config.model}, expected rotary embeddings that are not scaled: this "
-                "script gives a block no angles and adds no positions"
+                f"model is {config.model}, expected rotary embeddings: this script adds no "
+                "positions"
             )
         return shape
+
+    def scaled(self, theirs: Any) -> Shape:
+        """With the rotary frequencies of a Hugging Face configuration.
+
+        Raises:
+            ValueError: for those that depend on the length of the sequence.
+        """
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        kind = theirs.rope_parameters.get("rope_type")
+        if kind not in SCALED_ROPE:
+            raise ValueError(
+                f"model has rotary embeddings scaled by {kind}, expected one of "
+                f"{', '.join(SCALED_ROPE)}, or none: its angles depend on the sequence's length"
+            )
+        frequencies, amplitude = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"))
+        return replace(self, frequencies=tuple(frequencies.tolist()), amplitude=float(amplitude))
 
 
 @dataclass(frozen=True)
@@ -98,7 +135,7 @@ class Ranks:
     everyone: DeviceMesh
 
     @classmethod
-    def start(cls, config: Config) -> Ranks:
+    def start(cls, config: Config, shape: Shape) -> Ranks:
         """Meets the other processes of torchrun, or founds a group of one."""
         device = config.device or default_device()
         check_device(device)
@@ -124,7 +161,7 @@ class Ranks:
                 raise ValueError(
                     f"{name} is {getattr(config, name)}, expected a multiple of {divisor}: {what}"
                 )
-        local_spec(Shape.of(config).spec, tensor)
+        local_spec(shape.spec, tensor)
         limit = datetime.timedelta(seconds=config.timeout)
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=limit, **alone)
         mesh = init_device_mesh(kind, (data, tensor), mesh_dim_names=("data", "tensor"))
@@ -140,6 +177,18 @@ class Ranks:
         total = torch.tensor(float(number), dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return float(total)
+
+    def check_same(self, given: dict[str, Any]) -> None:
+        """Raises a ValueError, on every rank, unless all were given the same."""
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, given)
+        odd = [
+            f"rank {rank} ({', '.join(changed)})"
+            for rank, theirs in enumerate(everyone)
+            if (changed := differences(everyone[0], theirs))
+        ]
+        if odd:
+            raise ValueError(f"expected all ranks to be given the same as rank 0: {'; '.join(odd)}")
 
     @property
     def layout(self) -> list[int]:
@@ -170,7 +219,10 @@ class Model(nn.Module):
         with torch.device("meta"):
             model = cls(shape, vocabulary, config.policy)
         passes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-        precision = MixedPrecisionPolicy(**passes if config.bf16 else {})
+        precision = MixedPrecisionPolicy(
+            **passes if config.bf16 else {},
+            cast_forward_inputs=False,  # the only ones are angles
+        )
         torch.manual_seed(config.seed)
         for outer in (model.embedding, model.norm, model.head):
             outer.to_empty(device=ranks.device)

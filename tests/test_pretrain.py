@@ -64,7 +64,9 @@ def text(tmp_path):
 
 
 def arguments(text, out, *more, **changes):
-    flags = {**TINY, **{name.replace("_", "-"): value for name, value in changes.items()}}
+    sizes = ("hidden-size", "intermediate-size", "layers", "heads", "kv-heads")
+    tiny = {n: v for n, v in TINY.items() if not ("model" in changes and n in sizes)}
+    flags = {**tiny, **{name.replace("_", "-"): value for name, value in changes.items()}}
     pairs = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     return [*pairs, "--data", str(text), "--out", str(out), *more]
 
@@ -246,8 +248,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(
 
 def test_resume_refuses_what_is_not_its_own(pretrain, text, tmp_path, capsys):
     out = tmp_path / "out"
-    missing = arguments(text, out, "--resume")
-    assert "no checkpoint" in refused(pretrain, capsys, missing)
     assert pretrain.main(arguments(text, out, steps=1)) == 0
     capsys.readouterr()
     assert "--resume" in refused(pretrain, capsys, arguments(text, out))
@@ -257,7 +257,7 @@ def test_resume_refuses_what_is_not_its_own(pretrain, text, tmp_path, capsys):
     assert "lossy  -> preact=fp8" in refused(pretrain, capsys, lossy)
     text.write_bytes(b"other text " * 300)
     other = arguments(text, out, "--resume", steps=1)
-    assert "the text" in refused(pretrain, capsys, other)
+    assert "data " in refused(pretrain, capsys, other)
     [step] = out.glob("step-*")
     again = arguments(text, out, "--resume", steps=1)
     text.write_bytes(TEXT)
@@ -350,8 +350,8 @@ def last_row(out):
     return dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))
 
 
-def test_a_config_json_says_what_the_model_is(pretrain, text, tmp_path, capsys):
-    from transformers import LlamaConfig, Qwen3Config
+def test_a_config_json_says_what_the_model_is(pretrain, text, tmp_path):
+    from transformers import Qwen3Config
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
@@ -362,10 +362,6 @@ def test_a_config_json_says_what_the_model_is(pretrain, text, tmp_path, capsys):
     assert model["embedding.weight"].shape == (300, 32)
     assert torch.equal(model["embedding.weight"], model["head.weight"])
     assert "blocks.layers.1.self_attn.q_norm.weight" in model
-    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
-    LlamaConfig(**sizes, rope_parameters=scaled).save_pretrained(tmp_path)
-    args = arguments(text, tmp_path / "other", steps=2, model=tmp_path / "config.json")
-    assert "expected rotary embeddings that are not scaled" in refused(pretrain, capsys, args)
 
 
 def test_a_config_json_of_another_kind_of_model_is_refused(pretrain, tmp_path):

@@ -44,6 +44,10 @@ def test_one_shard_and_its_fingerprint(data, tmp_path):
     ids.tofile(tmp_path / "a.bin")
     tokens = data.load(str(tmp_path), 5, vocabulary=400)
     assert len(tokens.train[0]) == 380 and len(tokens.validation[0]) == 20
+    alone = data.load(str(tmp_path / "a.bin"), 5, vocabulary=400)
+    assert alone.fingerprint == tokens.fingerprint and torch.equal(draw(alone), draw(tokens))
+    with pytest.raises(ValueError, match="b.bin, which cannot be read: No such file"):
+        data.load(str(tmp_path / "b.bin"), 5, vocabulary=400)
     ids[0] += 1
     ids.tofile(tmp_path / "a.bin")
     assert data.load(str(tmp_path), 5, vocabulary=400).fingerprint != tokens.fingerprint
@@ -71,7 +75,7 @@ def with_header(ids, count=None, version=1, magic=20240520, dtype="<u2"):
 def test_header(data, tmp_path, kind):
     ids = np.arange(100)
     (tmp_path / "a.bin").write_bytes(with_header(ids, **kind))
-    tokens = data.load(str(tmp_path), 5, vocabulary=100)
+    tokens = data.load(str(tmp_path), 5, vocabulary=70000)
     assert np.array_equal(np.concatenate([tokens.train[0], tokens.validation[0]]), ids)
 
 
@@ -89,6 +93,7 @@ def test_header(data, tmp_path, kind):
         (with_header(np.arange(100), magic=20240521), {}, "begins with 20240521 and zeros"),
         (with_header(np.arange(100), magic=0), {}, "begins with 0 and zeros.*: damaged"),
         (np.arange(8, dtype="<u2").tobytes(), {}, "shard to train on has 2 tokens, expected at"),
+        (b"ab" * 50, {"vocabulary": 65537}, "65537, .* uint16 can.*expected --token-dtype uint32"),
         (b"ab" * 50, {"vocabulary": 0}, "vocabulary is 0, expected the number of ids"),
         (b"ab" * 50, {"token_dtype": "int8"}, "token_dtype is 'int8'"),
     ],
@@ -96,7 +101,7 @@ def test_header(data, tmp_path, kind):
 def test_damaged_shards(data, tmp_path, content, options, message):
     (tmp_path / "a.bin").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        data.load(str(tmp_path), 5, **{"vocabulary": 70000, **options})
+        data.load(str(tmp_path), 5, **{"vocabulary": 65536, **options})
 
 
 def test_ids_outside_the_vocabulary(data, tmp_path):

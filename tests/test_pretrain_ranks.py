@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from test_pretrain import SCRIPT, TEXT, arguments, assert_same, read
+from test_pretrain_start import LLAMA3, llama
 
 pytestmark = [
     pytest.mark.slow,
@@ -103,6 +104,7 @@ def test_two_processes_and_a_resume(main, text, alone, tmp_path, capsys):
     assert_like(out, alone)
     assert column(out, "kept_bytes")[0] == column(alone, "kept_bytes")[0] / 2
     whole, half = read(out), tmp_path / "half"
+    assert not torch.equal(whole["rng-0"], whole["rng-1"])  # other dropout
     half.mkdir()
     shutil.copytree(out / "step-00000003", half / "step-00000003")
     train(2, [*arguments(text, half, **OPTIONS), "--resume"])
@@ -118,9 +120,38 @@ def test_two_processes_and_a_resume(main, text, alone, tmp_path, capsys):
         torch.testing.assert_close(weight, whole["model"][name], rtol=1e-4, atol=1e-5)
 
 
-def test_tensor_parallel(text, alone, tmp_path):
-    train(4, arguments(text, tmp_path / "out", tensor_parallel=2, **OPTIONS))
-    assert_like(tmp_path / "out", alone)
+def test_tensor_parallel(main, text, tmp_path):
+    """Two times two ranks, packed documents, scaled rotary embeddings."""
+    options = {**OPTIONS, "model": llama(tmp_path, rope_parameters=LLAMA3)}
+    options |= {"document_end": ord(".")}
+    del options["kv_heads"]
+    assert main(arguments(text, tmp_path / "alone", **options)) == 0
+    train(4, arguments(text, tmp_path / "out", tensor_parallel=2, **options))
+    assert_like(tmp_path / "out", tmp_path / "alone")
+    rngs = [read(tmp_path / "out")[f"rng-{rank}"] for rank in range(4)]
+    same = [torch.equal(rngs[0], rng) for rng in rngs]
+    assert same == [True, True, False, False] and torch.equal(rngs[2], rngs[3])
+
+
+OTHERWISE = """
+import os, sys
+from pathlib import Path
+script, text = sys.argv[1:3]
+sys.path.insert(0, str(Path(script).parent))
+import pretrain
+other = ["--data", text, "--layers", "3"] if os.environ["RANK"] == "1" else []
+sys.exit(pretrain.main(sys.argv[3:] + other))
+"""
+
+
+def test_a_rank_that_is_given_something_else_is_named_by_all(text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_bytes(TEXT[::-1])
+    driver = ("-c", OTHERWISE, str(SCRIPT), str(other))
+    codes, said = finish(start(2, arguments(text, tmp_path / "out", **OPTIONS), driver))
+    assert codes == [2, 2], said
+    for one in said:
+        assert "given the same as rank 0: rank 1 (layers 2 -> 3, data " in one
 
 
 DYING = """
