@@ -82,6 +82,15 @@ def stand_in(layer: nn.Module, original: type[nn.Module]) -> nn.Module:
     return result.train()
 
 
+class Unreadable:
+    """Stands for a number, and raises where somebody looks at it: adds, compares, prints, ..."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise TypeError("a number that is not to be read was")
+
+    __eq__ = __ne__ = __bool__ = __hash__ = __str__ = __repr__ = __format__ = _refuse
+
+
 def enlarge(layer: nn.Module, names: Mapping[str, str], spec: BlockSpec) -> None:
     """Make a stand-in's activations large, but for the scores: what clamps them is seen then.
 

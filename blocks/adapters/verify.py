@@ -30,6 +30,7 @@ from .stand_in import (
     MASK,
     SEQ_LEN,
     Observation,
+    Unreadable,
     angles,
     enlarge,
     forward_arguments,
@@ -275,7 +276,8 @@ def same_but_for_number(
 ) -> list[bool]:
     """Whether each of the others, which are `alike`, computes what the layer does.
 
-    One stand-in is given the number of each in turn: far cheaper than to read them all.
+    A stand-in runs with numbers that nobody can read. Where that fails, it is given the number of
+    each in turn: far cheaper still than to read them all.
     """
     if all(numbers(other) == numbers(layer) for other in others):
         return [True] * len(others)
@@ -291,15 +293,21 @@ def same_but_for_number(
             width = recipe.spec.hidden_size
             rope = recipe.spec.rotary_dim if recipe.spec.rope else None
             given[ANGLES] = angles(rope or rotary_dims(layer, head_dim(layer, width))[0], "half")
-        same = []
-        expected = None
-        for other in (layer, *others):
-            for (path, name), value in numbers(other).items():
+
+        def numbered(values: Mapping[tuple[str, str], Any]) -> tuple[Tensor, bool]:
+            for (path, name), value in values.items():
                 place = path.replace(".base_layer", "")
                 setattr(copy.get_submodule(place), name, value)
             with without_liger(copy), plain_attention(copy) as windows:
                 output, _ = only_output(run(copy, x, **given).output)
-            expected = output if expected is None else expected
-            like = recipe.masks != "flash" or windows == {recipe.spec.sliding_window}
-            same.append(like and agrees(output, expected, x))
-    return same[1:]
+            return output, recipe.masks != "flash" or windows == {recipe.spec.sliding_window}
+
+        expected, like = numbered(numbers(layer))
+        try:
+            output, _ = numbered(dict.fromkeys(numbers(layer), Unreadable()))
+            if like and agrees(output, expected, x):
+                return [True] * len(others)
+        except Exception:  # whatever somebody's code raises: a number was looked at, perhaps
+            pass
+        found = [numbered(numbers(other)) for other in others]
+    return [like and agrees(output, expected, x) for output, like in found]
