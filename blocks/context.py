@@ -92,24 +92,24 @@ class Context:
         for room, part in zip(send.split(widths, 1), parts, strict=True):
             room.view(part.shape).copy_(part)
         if send.is_cpu:  # where it costs nothing to ask; a GPU would wait
-            self._check_lengths(send)
+            self._check_sizes(*parts[0].shape[1:3])
         received = torch.empty_like(send)
         by_name: Any = dist.distributed_c10d
         dist.all_to_all_single(received, send, group=by_name._resolve_process_group(self.group))
         rooms = zip(received.split(widths, 1), parts, strict=True)
         return [room.view(part.shape) for room, part in rooms]
 
-    def _check_lengths(self, send: Tensor) -> None:
-        """Raise a ValueError, on every rank, unless they all have parts of one length."""
+    def _check_sizes(self, batch_size: int, length: int) -> None:
+        """Raise a ValueError, on every rank, unless they all have parts of one size."""
         by_name: Any = dist.distributed_c10d
-        own = torch.tensor([send.numel()])
+        own = torch.tensor([batch_size, length])
         sizes = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(sizes, own, group=by_name._resolve_process_group(self.group))
-        if len({int(size) for size in sizes}) > 1:
+        found = [f"{batch} x {tokens}" for batch, tokens in (size.tolist() for size in sizes)]
+        if len(set(found)) > 1:
             raise ValueError(
-                "hidden_states is of unlike sizes on the ranks that share its sequences "
-                f"({' to '.join(str(int(size)) for size in sizes)}), expected parts of one length, "
-                "and as many sequences on each"
+                f"hidden_states is {', '.join(found)} on the ranks that share its sequences, "
+                "expected as many sequences on each, and parts of one length"
             )
 
     def to_heads(self, *parts: Tensor) -> list[Tensor]:

@@ -158,7 +158,8 @@ class OpFunction(torch.autograd.Function):
         """The operator's outputs; all but the first have no gradient."""
         told = read(side[-1])
         with torch._C._AutoDispatchBelowAutograd():
-            anchored = [*weights, *_anchor(x)]
+            differentiated = told.wants_input or any(told.wanted)
+            anchored = [*weights, *(_anchor(x) if differentiated else [])]
             with _never_again():
                 z, *kept = _op(told.kind, "forward")(x, anchored, *inputs, *side)
         ctx.told, ctx.side = told, side
@@ -196,7 +197,7 @@ def _backward_autograd(dz: Tensor, *rest: Any) -> list[Tensor]:
 
 
 def _draw_seed(like: Tensor, layers: int) -> Tensor:
-    if traceback.has_preserved_node_meta():
+    if traceback.has_preserved_node_meta() and torch.is_grad_enabled():
         _check_budget()
     with _never_again():
         return draw_seed(like, layers)

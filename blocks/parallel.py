@@ -379,7 +379,11 @@ def _check_ties(module: nn.Module, wholes: Mapping[str, _Whole]) -> None:
     """Raise a ValueError for a parameter of a block that stands anywhere else too."""
     split = {id(weight) for whole in wholes.values() for weight in whole.weights.values()}
     seen: dict[int, str] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    names = (
+        (f"{path}.{kind}", parameter) for path, part in module.named_modules()
+        for kind, parameter in part.named_parameters(recurse=False, remove_duplicate=False)
+    )  # fmt: skip
+    for name, parameter in names:  # a module that has two names is there once
         if id(parameter) in split and seen.setdefault(id(parameter), name) != name:
             raise ValueError(
                 f"{seen[id(parameter)]} and {name} are one parameter, expected a block's weights "

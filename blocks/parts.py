@@ -93,8 +93,8 @@ class Projections:
         """Add to the gradients of the biases what a kernel has summed already."""
         parts = self._parts(dbias)
         self.low_rank.add_biases(parts, grads)
-        for name, part in zip(self.names, parts, strict=True):
-            grads.add(f"{name}.bias", part)
+        for name, part in zip(self.names, parts, strict=True):  # each its own storage: they leave
+            grads.add(f"{name}.bias", part.clone() if len(parts) > 1 else part)
 
     def want_biases(self, grads: WeightGrads) -> bool:
         """Whether a bias wants a gradient."""

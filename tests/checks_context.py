@@ -346,8 +346,9 @@ def check_what_cannot_be_split_is_refused():
     sharded = make_stack(SPECS["llama"])
     fully_shard(sharded.layers[1], mesh=mesh)
     refused(lambda: parallelize(sharded, context=mesh), "layers.1 is sharded already")
-    whole, length = make_split("llama"), 3 + (mesh.get_local_rank() == 1)
-    refused(lambda: whole(torch.randn(2, length, 32, dtype=F64)), "of unlike sizes on the ranks")
+    whole, odd = make_split("llama"), mesh.get_local_rank() == 1
+    for sizes in ((2, 3 + odd), (2 + odd, 6 - 2 * odd)):  # the second of as many tokens
+        refused(lambda sizes=sizes: whole(torch.randn(*sizes, 32, dtype=F64)), "on the ranks that")
     parallelize(stack.layers[0], context=mesh)
     refused(lambda: stack(inputs()[0]), "split over unlike ranks")
     refused(lambda: make_split("llama")(torch.randn(2, 3, 5)), "hidden_states is float32 [2, 3, 5]")

@@ -112,6 +112,8 @@ def test_a_budget_of_nothing_is_refused():
     x, grad = make_input(block.spec)
     with pytest.raises(Exception, match="activation_memory_budget is 0, expected more"):
         traced(block, x, grad, 0)
+    with torch._functorch.config.patch(activation_memory_budget=0), torch.no_grad():
+        torch.compile(block, fullgraph=True, backend="aot_eager")(x)  # nothing is rebuilt
 
 
 def test_nothing_is_merged_that_drops_out_differently():
@@ -165,6 +167,8 @@ RUNS = {
         ("llama", "packed", "lean"),
         ("gpt2", "attention", "full"),
         ("olmo2", "ffn", "full"),
+        ("odd-sizes", "block", "lean"),  # biases of projections side by side
+        ("geglu-layernorm-post", "block", "full"),
     ],
 )
 def test_opcheck(family, run, policy):

@@ -69,11 +69,9 @@ def test_a_layer_in_the_middle_that_differs(kind):
         else:
             layer.self_attn.scaling = torch.tensor(0.9 if number == 1 else 8**-0.5)
     expected = model(IDS, use_cache=False).logits
-    if kind is Buffered:  # which may change at any time
-        with pytest.raises(ValueError, match="it may read mlp.k"):
-            patch(model)
-    else:
-        patch(model)
+    report = patch(model)
+    # the MLP runs as it is; a buffer, which may change at any time, is not read in any layer
+    assert len(report.half) == {Buffered: 3, None: 0}.get(kind, 1)
     torch.testing.assert_close(model(IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from families import same_bits
 from tiny_models import batch, make_model, step
 from torch import nn
@@ -244,3 +245,124 @@ def test_arguments_of_a_plan_without_a_budget():
         with pytest.raises(ValueError, match=f"{next(iter(given))} is .* without a budget"):
             patch(model, "full", **given)
     assert unpatch(model) == 0
+
+
+class Optional(Llamas):
+    def forward(
+        self, hidden_states, attention_mask=None, position_embeddings=None, with_ffn=True, **kwargs
+    ):
+        y = super().forward(hidden_states, attention_mask, None, None, False,
+                            position_embeddings=position_embeddings)  # fmt: skip
+        return y if with_ffn else hidden_states
+
+
+def test_an_argument_whose_default_is_true():
+    model = make_model("llama")
+    layer = layers_of(model)[0]
+    layer.__class__ = Optional
+    assert len(patch(model, "full").fused) == 2
+    x = torch.randn(1, 5, 48)
+    angles = model.model.rotary_emb(x, torch.arange(5)[None])
+    with pytest.warns(UserWarning, match="it is given with_ffn"):
+        assert layer(x, position_embeddings=angles, with_ffn=False) is x
+
+
+def test_another_thread_may_draw_random_numbers():
+    ended = threading.Event()
+
+    def draw():
+        while not ended.is_set():
+            torch.rand(3)
+
+    other = threading.Thread(target=draw)
+    other.start()
+    try:
+        assert len(patch(make_model("llama")).fused) == 2
+    finally:
+        ended.set()
+        other.join()
+
+
+def test_experts_may_draw_random_numbers(never_own):
+    """They run as they were: with the same numbers, from the same generator."""
+    models = [make_model("mixtral", router_jitter_noise=0.3) for _ in range(2)]
+    assert len(patch(models[1], "full").half) == 2
+    found = []
+    for model in models:
+        torch.manual_seed(5)
+        found.append(step(model, IDS))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5)
+    torch.manual_seed(6)
+    assert not torch.equal(step(models[1], IDS)["logits"], found[1]["logits"])
+
+
+def test_losses_of_the_router(never_own):
+    models = [make_model("mixtral") for _ in range(2)]
+    assert len(patch(models[1], "full").half) == 2
+    grads = []
+    for model in models:
+        out = model(**IDS, labels=IDS["input_ids"], output_router_logits=True)
+        assert out.aux_loss is not None
+        out.loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, value in grads[0].items():
+        torch.testing.assert_close(grads[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def tiny(family, **sizes):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        family, hidden_size=48, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64,
+        attn_implementation="sdpa", **sizes,
+    )  # fmt: skip
+    return config
+
+
+def test_projections_that_run_in_another_order(never_own):
+    """Keys, values, queries."""
+    config = tiny("yolos", image_size=[32, 32], patch_size=8, num_detection_tokens=3)
+    model = transformers.AutoModel.from_config(config).train()
+    twin = copy.deepcopy(model)
+    assert len(patch(model, "full").fused) == 2
+    pixels = torch.randn(2, 3, 32, 32)
+    for one in (model, twin):
+        torch.manual_seed(0)
+        one(pixels).last_hidden_state.square().mean().backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_angles_without_a_batch(never_own):
+    """Pixtral's packed images."""
+    model = transformers.AutoModel.from_config(tiny("pixtral", image_size=32, patch_size=8)).train()
+    twin = copy.deepcopy(model)
+    assert len(patch(model, "full").fused) == 2
+    pixels = torch.randn(1, 3, 32, 32)
+    for one in (model, twin):
+        one(pixels, image_sizes=torch.tensor([[32, 32]])).last_hidden_state.square().mean().backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_shared_experts_are_no_ffn(never_own):
+    config = tiny(
+        "glm4_moe", num_key_value_heads=2, moe_intermediate_size=32, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=0, vocab_size=64,
+        head_dim=12, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    expected = model(**IDS).logits
+    assert len(patch(model, "full").half) == 2
+    torch.testing.assert_close(model(**IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_with_cross_attention_are_left_alone():
+    config = transformers.BartConfig(
+        d_model=48, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        encoder_attention_heads=4, decoder_attention_heads=4, vocab_size=64,
+    )  # fmt: skip
+    report = patch(transformers.BartForConditionalGeneration(config).train())
+    assert [row.status for row in report] == ["fused"] * 2 + ["skipped"] * 2
+    assert "encoder_attn" in str(report) and "cross attention" in str(report)

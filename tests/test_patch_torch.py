@@ -175,6 +175,25 @@ def test_arguments_that_are_not_known(own):
     assert len(own) == 2
 
 
+class Reordered(nn.TransformerEncoderLayer):
+    def forward(self, src, pos=None, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        return super().forward(
+            src if pos is None else src + pos, src_mask, src_key_padding_mask, is_causal
+        )
+
+
+def test_arguments_in_another_order(own):
+    layer = make(Reordered)
+    x, pos = torch.randn(2, 2, 9, 24, dtype=torch.float64)
+    causal = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    expected = step(layer, x, None, causal), step(layer, x, pos)
+    assert patch(layer, "full")[0].status == "fused"
+    assert_close(step(layer, x, None, causal), expected[0])
+    assert not own
+    assert_close(step(layer, x, pos), expected[1])
+    assert own == ["it is given pos, which a block does not know"]
+
+
 def test_errors_are_pytorchs():
     layer, decoder = make(), make(nn.TransformerDecoderLayer)
     x = torch.randn(2, 9, 24, dtype=torch.float64)

@@ -30,7 +30,7 @@ CACHES = ("past_key_values", "past_key_value", "layer_past")
 #: Arguments that change nothing a block computes, whatever they hold.
 HARMLESS = (
     "position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict",
-    "num_items_in_batch", "logits_to_keep", "seq_idx", *PACKED,
+    "num_items_in_batch", "logits_to_keep", "seq_idx", "output_router_logits", *PACKED,
 )  # fmt: skip
 
 
@@ -53,8 +53,9 @@ def arguments_of(
         if name in CACHES:
             if value is not None and not _unused_cache(layer, value):
                 raise OwnForward("it is given a cache of keys and values")
-        elif name not in (MASK, *HARMLESS) and value is not None:
-            if value is not False or name == "is_causal":
+        elif name not in (MASK, *HARMLESS):
+            silent = value is None or (value is False and name != "is_causal")
+            if not silent or name in recipe.defaults:
                 raise OwnForward(f"it is given {name}, which a block does not know")
     if not isinstance(x, Tensor) or x.dim() != 3 or x.is_nested:
         raise OwnForward("its input is no tensor of [batch, seq_len, width]")
@@ -102,7 +103,7 @@ def _position(recipe: Recipe, position: Any) -> tuple[Tensor, Tensor] | None:
     cos, sin = position
     if not isinstance(cos, Tensor) or cos.shape[-1] != recipe.spec.rotary_dim:
         raise OwnForward(f"{ANGLES} are not of {recipe.spec.rotary_dim} channels")
-    return cos, sin
+    return (cos[None], sin[None]) if cos.dim() == 2 else (cos, sin)
 
 
 def weights_of(
@@ -189,4 +190,5 @@ def _inactive_hooks(module: nn.Module) -> bool:
     if any(getattr(hook, "__module__", None) != capturing.__name__ for hook in hooks):
         return False
     asked = capturing._active_collector.get()
-    return asked is None or all("hidden_states" in key for key in asked)
+    harmless = ("hidden_states", "router_logits")  # which no part of a block gives
+    return asked is None or all(any(one in key for one in harmless) for key in asked)

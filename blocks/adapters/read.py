@@ -82,6 +82,8 @@ def _own_obstacle(layer: nn.Module) -> str | None:
     """Why a layer cannot be patched whatever it is."""
     if isinstance(layer, TransformerBlock):
         return "it is a block of this library, which needs no patch: set its policy, or apply"
+    if any(kind.__name__ == "FSDPModule" for kind in type(layer).__mro__):
+        return "it is sharded by FSDP already: patch and plan before fully_shard"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance (by hooks of accelerate, say)"
     for path, module in layer.named_modules():
@@ -116,5 +118,5 @@ def not_understood(model: nn.Module, found: Mapping[str, Recipe | str]) -> Value
     told = "; ".join(f"{name or 'the model'}: {why}" for name, why in list(found.items())[:3])
     return ValueError(
         f"model is a {type(model).__name__} with no layer that is understood"
-        + (f" ({told})" if told else ": nothing in it has a norm and projections")
+        + (f" ({told})" if told else ": nothing in it has a norm (with a weight) and projections")
     )

@@ -37,6 +37,7 @@ class Recipe:
             `"encoder"` or `"decoder"`.
         masks: how its attention is told what tokens see (see `masks.py`).
         facts: what its parts were when it was read.
+        defaults: arguments that are neither None nor False where they are not given.
     """
 
     spec: BlockSpec
@@ -50,6 +51,7 @@ class Recipe:
     kind: str = "hf"
     masks: str = "tensor"
     facts: Facts = field(default_factory=dict)
+    defaults: frozenset[str] = frozenset()
 
     @cached_property
     def places(self) -> tuple[tuple[str, str, str], ...]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -295,7 +296,7 @@ class Reading:
 
     def _places(self, half: bool) -> tuple[int, int, int]:
         """How many norms stand before the first group, between o and the FFN, and behind that."""
-        first = self.qkv.members[0].order
+        first = min(member.order for member in self.qkv.members)
         last = self._o.order if half else self.ffn[0].members[0].order
         counts = [0, 0, 0]
         for seen in self.norms:
@@ -309,9 +310,32 @@ class Reading:
             rotary_dim: of the angles it was given, or None.
             rope: their layout, or None.
         """
-        if len(self.ffn) != 2:
-            yield self._half_guess(rotary_dim, rope)
-            return
+        qkv, ffn = self.qkv, self.ffn
+        failure: NotUnderstood | None = None  # of the order in which they ran
+        for members in self._orders():
+            self.qkv, self.ffn = Group(members), ffn
+            try:
+                if len(ffn) == 2:
+                    yield from self._whole_guesses(rotary_dim, rope)
+                else:
+                    yield self._half_guess(rotary_dim, rope)
+            except NotUnderstood as reason:
+                failure = reason if members == qkv.members else failure
+        self.qkv, self.ffn = qkv, ffn
+        if failure is not None:
+            raise failure
+        if len(ffn) == 2:  # what looks like an FFN may be shared experts beside others
+            with suppress(NotUnderstood):
+                yield self._half_guess(rotary_dim, rope)
+            self.ffn = ffn
+
+    def _orders(self) -> Iterator[tuple[Seen, ...]]:
+        """Which of three first projections may be q, k and v; at first in the order they ran in."""
+        members = self.qkv.members
+        yield from [members] if self.qk_norms else itertools.permutations(members)
+
+    def _whole_guesses(self, rotary_dim: int | None, rope: str | None) -> Iterator[Guess]:
+        """Readings of the layer as a whole block."""
         fields = {
             **self._attention_fields(), **self._norm_fields(), **self._dropout_fields(),
             "rope": rope, "rope_theta": None, "layer_scale": bool(self._scales()),

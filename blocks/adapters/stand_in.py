@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -140,6 +139,8 @@ class Observation:
         modules: its modules that took a tensor and gave one, in the order in which they returned.
         dropped: probability and input of every dropout.
         score_dropout: probabilities of dropout that were handed to PyTorch's attention.
+        inside: paths of the modules that run at the moment, the innermost last.
+        drawn: for each draw of random numbers besides dropout, the modules in which it was.
     """
 
     x: Tensor
@@ -147,10 +148,30 @@ class Observation:
     modules: list[Seen] = field(default_factory=list)
     dropped: list[tuple[float, Tensor]] = field(default_factory=list)
     score_dropout: set[float] = field(default_factory=set)
+    inside: list[str] = field(default_factory=list)
+    drawn: list[tuple[str, ...]] = field(default_factory=list)
+
+    def check_chance(self, own: str | None = None) -> None:
+        """Raise `NotUnderstood` for random numbers that a block would not draw.
+
+        Args:
+            own: path of a module that runs as it was, and may draw; None: there is none.
+        """
+        if any(own not in place for place in self.drawn):
+            raise NotUnderstood("it draws random numbers besides dropout (stochastic depth, say)")
 
 
-class _NoDropout(TorchFunctionMode):
-    """Makes dropout the identity and notes it."""
+#: Functions and methods that draw random numbers.
+RANDOM = {
+    "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "bernoulli",
+    "bernoulli_", "multinomial", "normal", "normal_", "uniform_", "random_", "exponential_",
+    "geometric_", "log_normal_", "cauchy_", "poisson", "rrelu", "rrelu_", "alpha_dropout",
+    "feature_alpha_dropout", "gumbel_softmax",
+}  # fmt: skip
+
+
+class NoDropout(TorchFunctionMode):
+    """Makes dropout the identity and notes it, and what else draws random numbers."""
 
     def __init__(self, seen: Observation) -> None:
         super().__init__()
@@ -171,23 +192,17 @@ class _NoDropout(TorchFunctionMode):
             bound = dict(zip(names, args, strict=False)) | kwargs
             self.seen.score_dropout.add(float(bound.pop("dropout_p", 0.0)))
             return func(**bound)
+        if getattr(func, "__name__", "") in RANDOM:
+            self.seen.drawn.append(tuple(self.seen.inside))
         return func(*args, **kwargs)
 
 
 @contextmanager
-def no_chance() -> Iterator[None]:
-    """Where nothing may draw random numbers but dropout, which is made the identity.
-
-    Raises:
-        NotUnderstood: if something did, when it is left. Generators stay as they were.
-    """
+def one_chance() -> Iterator[None]:
+    """Where random numbers are the same each time; generators stay as they were."""
     with torch.random.fork_rng(devices=[]):
-        before, drawn = torch.get_rng_state(), random.getstate()
+        torch.manual_seed(0)
         yield
-        chance = random.getstate() != drawn or not torch.equal(torch.get_rng_state(), before)
-        random.setstate(drawn)
-    if chance:
-        raise NotUnderstood("it draws random numbers besides dropout (stochastic depth, say)")
 
 
 def forward_arguments(original: type[nn.Module]) -> tuple[tuple[str, ...], set[str]]:
@@ -198,13 +213,21 @@ def forward_arguments(original: type[nn.Module]) -> tuple[tuple[str, ...], set[s
     return tuple(p.name for p in fixed), needed
 
 
+def defaults_of(original: type[nn.Module]) -> frozenset[str]:
+    """Arguments of a forward that are neither None nor False where they are not given."""
+    parameters = inspect.signature(original.forward).parameters.values()
+    silent = (None, False, inspect.Parameter.empty)
+    return frozenset(p.name for p in parameters if not any(p.default is one for one in silent))
+
+
 def visible(causal: bool) -> Tensor:
-    """A mask that is added to scores, `[1, 1, seq_len, seq_len]`: causal, or without one key."""
+    """What is added to scores, `[batch, 1, seq_len, seq_len]`: causal, or without one key."""
     hidden = torch.full((SEQ_LEN, SEQ_LEN), torch.finfo(torch.float32).min)
     if causal:
-        return hidden.triu(1)[None, None]
-    hidden[:, [i for i in range(SEQ_LEN) if i != 2]] = 0.0
-    return hidden[None, None]
+        hidden = hidden.triu(1)
+    else:
+        hidden[:, [i for i in range(SEQ_LEN) if i != 2]] = 0.0
+    return hidden.expand(BATCH_SIZE, 1, -1, -1)  # some layers want the batch's size
 
 
 def random_input(width: int) -> Tensor:
@@ -235,6 +258,7 @@ def run(layer: nn.Module, x: Tensor, **given: Any) -> Observation:
 
     def note(path: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            seen.inside.pop()
             taken = next(_tensors([*args, *kwargs.values()]), None)
             made = next(_tensors([output]), None)
             if taken is not None and made is not None:
@@ -242,13 +266,16 @@ def run(layer: nn.Module, x: Tensor, **given: Any) -> Observation:
 
         return hook
 
-    handles = [
-        module.register_forward_hook(note(path), with_kwargs=True)
-        for path, module in layer.named_modules()
-        if path
-    ]
+    def enter(path: str) -> Any:
+        return lambda module, args: seen.inside.append(path)
+
+    handles = []
+    for path, module in layer.named_modules():
+        if path:
+            handles.append(module.register_forward_pre_hook(enter(path)))
+            handles.append(module.register_forward_hook(note(path), with_kwargs=True))
     try:
-        with torch.no_grad(), no_chance(), _NoDropout(seen):
+        with torch.no_grad(), one_chance(), NoDropout(seen):
             seen.output = layer(x, **given)
     finally:
         for handle in handles:

@@ -20,7 +20,15 @@ from backfuse.kernels.reference.activation import ACTIVATIONS
 
 from .attributes import NotUnderstood
 from .recipe import OwnForward, Recipe, agrees
-from .stand_in import SEQ_LEN, enlarge, no_chance, random_input, stand_in
+from .stand_in import (
+    SEQ_LEN,
+    NoDropout,
+    Observation,
+    enlarge,
+    forward_arguments,
+    random_input,
+    stand_in,
+)
 
 KINDS = {nn.TransformerEncoderLayer: "encoder", nn.TransformerDecoderLayer: "decoder"}
 
@@ -92,7 +100,8 @@ def understand_torch(layer: nn.Module, original: type[nn.Module], kind: str) -> 
         for place in {path.rpartition(".")[0] for path in names.values()}
     }
     rest = ("norm2", "multihead_attn") if kind == "decoder" else None
-    recipe = Recipe(spec, names, types, (), None, True, None, rest, kind)
+    arguments, _ = forward_arguments(original)
+    recipe = Recipe(spec, names, types, arguments, None, True, None, rest, kind)
     _check(copy, original, recipe)
     return recipe
 
@@ -141,10 +150,12 @@ def _check(copy: nn.Module, original: type[nn.Module], recipe: Recipe) -> None:
         if given is None:
             enlarge(copy, recipe.names, recipe.spec)
             given = {}
-        with torch.no_grad(), no_chance():
+        seen = Observation(x)
+        with torch.no_grad(), NoDropout(seen):
             theirs = original.forward(copy, *args, **given)
             read = torch_arguments(copy, recipe, args, given)
             ours = run_torch(copy, recipe, KEEP, weights, {}, *read)
+        seen.check_chance()
         if not agrees(ours, theirs, x):
             raise NotUnderstood("what was made of its parts gives other numbers than it does")
 
@@ -162,12 +173,15 @@ def torch_arguments(
     Raises:
         OwnForward: for what a block does not do.
     """
-    names = ARGUMENTS[recipe.kind]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    prefix = names[0]
-    unknown = sorted(given.keys() - set(names))
-    if unknown or len(args) > len(names):
-        raise OwnForward(f"it is given {', '.join(unknown) or 'more'} than a block knows")
+    given = {**dict(zip(recipe.arguments, args, strict=False)), **kwargs}
+    prefix = ARGUMENTS[recipe.kind][0]
+    silent = set(recipe.arguments) - recipe.defaults
+    unknown = [
+        name for name, value in given.items()
+        if name not in ARGUMENTS[recipe.kind] and (value is not None or name not in silent)
+    ]  # fmt: skip
+    if unknown or len(args) > len(recipe.arguments):
+        raise OwnForward(f"it is given {', '.join(unknown) or 'more'}, which a block does not know")
     if recipe.kind == "decoder" and not isinstance(given.get("memory"), Tensor):
         raise OwnForward("it is given no memory")
     x = given.get(prefix)

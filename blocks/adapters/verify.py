@@ -32,8 +32,10 @@ from .stand_in import (
     Observation,
     Unreadable,
     angles,
+    defaults_of,
     enlarge,
     forward_arguments,
+    one_chance,
     random_input,
     run,
     stand_in,
@@ -101,7 +103,8 @@ def _run_guess(
     own = dict(layer.named_parameters(remove_duplicate=False))
     weights = {name: own[path] for name, path in guess.names.items()}
     position = position if guess.spec.rope else None
-    return run_hf(layer, guess, KEEP, weights, {}, x, position, {MASK: mask})
+    with one_chance():  # as the layer's own run
+        return run_hf(layer, guess, KEEP, weights, {}, x, position, {MASK: mask})
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -150,7 +153,7 @@ def understand(layer: nn.Module, original: type[nn.Module]) -> Recipe:
             recipe = understand_torch(layer, original, kind)
         else:
             recipe = _understand_hf(layer, original)
-    return replace(recipe, facts=remember(layer, original))
+    return replace(recipe, facts=remember(layer, original), defaults=defaults_of(original))
 
 
 def _understand_hf(layer: nn.Module, original: type[nn.Module]) -> Recipe:
@@ -176,12 +179,15 @@ def _understand_hf(layer: nn.Module, original: type[nn.Module]) -> Recipe:
                         ours = _run_guess(copy, guess, x, position, mask)
                     if not agrees(ours, output, x):
                         continue
+                    seen.check_chance(guess.rest[1] if guess.rest else None)
+                    _check_owned(copy, guess)
                     _check_positions(copy, original, output, x, position, mask)
                     unmasked = mask is None or _unmasked(copy, guess, x, position)
                     _check_large(copy, guess, x, position, mask)
                     if masks == "flash":
                         guess = replace(guess, spec=_windowed(guess.spec, windows))
                     return replace(_recipe(layer, guess, arguments, extra, unmasked), masks=masks)
+    seen.check_chance()
     buffers = [name for name, buffer in layer.named_buffers() if buffer.is_floating_point()]
     reason = "what was made of its parts gives other numbers than it does"
     raise NotUnderstood(reason + (f" (it may read {', '.join(buffers)})" if buffers else ""))
@@ -208,6 +214,15 @@ def _windowed(spec: BlockSpec, windows: set[int | None]) -> BlockSpec:
     if len(windows) != 1:
         raise NotUnderstood("its attention is not called as transformers calls FlashAttention")
     return spec.replace(sliding_window=next(iter(windows)))
+
+
+def _check_owned(layer: nn.Module, guess: Guess) -> None:
+    """Raise if a layer holds what no part of a block stands for, which other calls would reach."""
+    owned = {*guess.names.values()}
+    rest = tuple(f"{path}." for path in guess.rest or ())
+    for name, _ in layer.named_parameters(remove_duplicate=False):
+        if name not in owned and not name.startswith(rest):
+            raise NotUnderstood(f"it holds {name}, which no part of a block is (cross attention?)")
 
 
 def _check_positions(
