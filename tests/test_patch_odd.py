@@ -341,7 +341,8 @@ def test_angles_without_a_batch(never_own):
     assert len(patch(model, "full").fused) == 2
     pixels = torch.randn(1, 3, 32, 32)
     for one in (model, twin):
-        one(pixels, image_sizes=torch.tensor([[32, 32]])).last_hidden_state.square().mean().backward()
+        out = one(pixels, image_sizes=torch.tensor([[32, 32]])).last_hidden_state
+        out.square().mean().backward()
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
