@@ -142,7 +142,7 @@ def _page(root: Path, found: dict[str, tuple[pd.DataFrame, pd.DataFrame]]) -> It
     for folder, (rows, timelines) in found.items():
         names = sorted(set(rows["device"]))
         yield f"## {folder}\n\n{'; '.join(names)}\n"
-        for _, group in rows.groupby(["op", "shape", "dtype"], sort=False):
+        for _, group in rows.groupby(["op", "shape", "layers", "dtype"], sort=False):
             if _rated(group):
                 first = group.iloc[0]
                 which = {name: first[name] for name in ("op", "shape", "dtype")}
@@ -306,7 +306,7 @@ def draw(root: Path) -> list[Path]:
     plot_activations("llama-3-8b", SHAPES["llama-3-8b"], written[0])
     for folder, (rows, timelines) in results(root).items():
         both = first_run(rows[rows["mode"] == "both"])
-        for _, group in both.groupby(["op", "shape", "dtype"], sort=False):
+        for _, group in both.groupby(["op", "shape", "layers", "dtype"], sort=False):
             if _rated(group):
                 which = {name: group.iloc[0][name] for name in ("op", "shape", "dtype")}
                 written.append(base / folder / picture_name("rate", which))
