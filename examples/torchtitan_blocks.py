@@ -1,6 +1,6 @@
 """torchtitan's Llama blocks that compute with backfuse, under the names they have.
 
-    use_backfuse(model, "lean")      # before parallelize_llama, with activation checkpointing off
+    use_backfuse(model, "lean")      # before parallelize_llama, full activation checkpointing off
 
 A block keeps its class's name, parameters and hooks: `fully_shard`, pipelines and checkpoints go
 on working. It runs as the two halves `attention` and `ffn`, so `mid` is kept under any policy.

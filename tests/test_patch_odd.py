@@ -359,11 +359,41 @@ def test_shared_experts_are_no_ffn(never_own):
     torch.testing.assert_close(model(**IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_with_cross_attention_are_left_alone():
+def test_layers_with_cross_attention():
+    """A decoder alone is fused; behind an encoder it is its own, and has no plan."""
     config = transformers.BartConfig(
         d_model=48, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
         encoder_attention_heads=4, decoder_attention_heads=4, vocab_size=64,
     )  # fmt: skip
-    report = patch(transformers.BartForConditionalGeneration(config).train())
-    assert [row.status for row in report] == ["fused"] * 2 + ["skipped"] * 2
-    assert "encoder_attn" in str(report) and "cross attention" in str(report)
+    model = transformers.BartForConditionalGeneration(config).train()
+    with pytest.raises(ValueError, match="reach encoder_attn.k_proj.weight"):
+        patch(model, budget="1MiB", batch_size=2, seq_len=40)
+    report = patch(model, "full")
+    assert len(report.fused) == 4 and "calls that reach encoder_attn.k_proj.weight" in str(report)
+    with pytest.warns(UserWarning, match="it is given encoder_hidden_states"):
+        model(**IDS, labels=IDS["input_ids"])
+    alone = transformers.BartForCausalLM(config).eval()
+    expected = alone(**IDS, use_cache=False).logits
+    patch(alone, "full")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = alone(**IDS, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("removed", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_full_backward_hooks(family, removed, never_own):
+    """Which leave a flag on the module that had one."""
+    model = make_model(family)
+    inputs = batch(family)
+    expected = step(model, inputs)
+    layers = model.model.layers if family == "llama" else model.transformer.h
+    for layer in layers:
+        handle = (layer.mlp if removed else layer).register_full_backward_hook(lambda *args: None)
+        if removed:
+            handle.remove()
+    assert len(patch(model, "full").fused) == 2
+    found = step(model, inputs)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)

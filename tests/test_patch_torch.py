@@ -211,3 +211,30 @@ def test_errors_are_pytorchs():
     expected = list(errors())
     patch(layer), patch(decoder)
     assert list(errors()) == expected
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+@pytest.mark.parametrize("targets", [["linear1", "linear2"], ["linear2"]])
+def test_adapters(kind, targets, first, own):
+    peft = pytest.importorskip("peft")
+    models = []
+    for patched_too in (False, True):
+        model = nn.ModuleList([make(kind, dtype=torch.float32)])
+        if patched_too and first:
+            patch(model, "full")
+        torch.manual_seed(4)
+        config = peft.LoraConfig(r=3, target_modules=targets, init_lora_weights=False)
+        model = peft.get_peft_model(model, config)
+        if patched_too and not first:
+            patch(model, "full")
+        models.append(model.base_model.model[0])
+    args = torch.randn(2, 2, 9, 24)[: 1 if kind is nn.TransformerEncoderLayer else 2]
+    found = []
+    for layer in models:
+        layer(*args).square().mean().backward()
+        found.append([p.grad for p in layer.parameters() if p.requires_grad])
+    assert len(found[0]) and all(grad is not None for grad in found[0])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert not own

@@ -171,6 +171,8 @@ def _unwrapped(
     if place in recipe.types:
         if kind is not recipe.types[place]:
             raise OwnForward(f"{place} is a {kind.__name__}")
+        if live.adapters:
+            raise OwnForward(f"{place} is a {kind.__name__} with an adapter beside it")
     elif projection(live.module) is None:
         raise OwnForward(f"{place} is a {kind.__name__} of {kind.__module__}")
     elif live.adapters and name.endswith(".weight"):

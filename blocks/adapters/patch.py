@@ -139,6 +139,8 @@ def patch(
         swap(layer, State(recipe, policies[name], name or "the model", **options))
         why = obstacle(layer)
         reason = f"runs its own forward for now: {why}" if why else None
+        if recipe.unreached and not why:
+            reason = f"but for calls that reach {recipe.unreached}: its own forward runs them"
         status = "fused" if recipe.rest is None else "half"
         rows.append(PatchedLayer(name, kind, status, policies[name], reason))
     return PatchReport(rows)
@@ -195,6 +197,11 @@ def _policies(
         if not isinstance(plan, Plan):
             raise TypeError(f"plan is a {type(plan).__name__}, expected a Plan")
         for name, recipe in known.items():
+            if recipe.unreached:
+                raise ValueError(
+                    f"plan is given, and calls that reach {recipe.unreached} of {name} keep what "
+                    "they always kept: give policy"
+                )
             if recipe.rest is not None:
                 raise ValueError(
                     f"plan is given, and only the attention half of {name} is fused: give policy"

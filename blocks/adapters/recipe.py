@@ -38,6 +38,7 @@ class Recipe:
         masks: how its attention is told what tokens see (see `masks.py`).
         facts: what its parts were when it was read.
         defaults: arguments that are neither None nor False where they are not given.
+        unreached: a parameter that only calls reach which a block cannot do; None: there is none.
     """
 
     spec: BlockSpec
@@ -52,6 +53,7 @@ class Recipe:
     masks: str = "tensor"
     facts: Facts = field(default_factory=dict)
     defaults: frozenset[str] = frozenset()
+    unreached: str | None = None
 
     @cached_property
     def places(self) -> tuple[tuple[str, str, str], ...]:

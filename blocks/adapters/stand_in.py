@@ -69,7 +69,7 @@ def stand_in(layer: nn.Module, original: type[nn.Module]) -> nn.Module:
         memo[id(buffer)] = known.clone()
     for module in layer.modules():  # somebody's hooks are not to be called, nor copied
         for name in HOOKS:
-            if (hooks := vars(module).get(name)) is not None:
+            if isinstance(hooks := vars(module).get(name), dict):
                 memo[id(hooks)] = type(hooks)()
     result = copy.deepcopy(layer, memo)
     result.__class__ = original

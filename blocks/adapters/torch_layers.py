@@ -95,10 +95,9 @@ def understand_torch(layer: nn.Module, original: type[nn.Module], kind: str) -> 
         activation_dropout=copy.dropout.p,
     )  # fmt: skip
     names = _names(spec, last_norm="norm2" if kind == "encoder" else "norm3")
-    types = {
-        place: type(layer.get_submodule(place))
-        for place in {path.rpartition(".")[0] for path in names.values()}
-    }
+    kinds = {path.rpartition(".")[0]: type(copy.get_submodule(path.rpartition(".")[0]))
+             for path in names.values()}  # fmt: skip
+    types = {place: kind for place, kind in kinds.items() if kind is not nn.Linear}
     rest = ("norm2", "multihead_attn") if kind == "decoder" else None
     arguments, _ = forward_arguments(original)
     recipe = Recipe(spec, names, types, arguments, None, True, None, rest, kind)
@@ -257,6 +256,8 @@ def run_torch(
     if cross:
         half = {name: value for name, value in options.items() if name != "offload_dir"}
         scores = {name: value for name, value in half.items() if name != "ffn_strategy"}
+        if "adapters" in scores:
+            scores["adapters"] = ()  # its attention's would be refused
         x = attention(x, weights, spec, policy, attention_mask=mask, **scores)
         inner = _cross(own, own.norm2(x) if own.norm_first else x, cross)
         x = x + inner if own.norm_first else own.norm2(x + inner)

@@ -180,13 +180,13 @@ def _understand_hf(layer: nn.Module, original: type[nn.Module]) -> Recipe:
                     if not agrees(ours, output, x):
                         continue
                     seen.check_chance(guess.rest[1] if guess.rest else None)
-                    _check_owned(copy, guess)
                     _check_positions(copy, original, output, x, position, mask)
                     unmasked = mask is None or _unmasked(copy, guess, x, position)
                     _check_large(copy, guess, x, position, mask)
                     if masks == "flash":
                         guess = replace(guess, spec=_windowed(guess.spec, windows))
-                    return replace(_recipe(layer, guess, arguments, extra, unmasked), masks=masks)
+                    recipe = _recipe(layer, guess, arguments, extra, unmasked)
+                    return replace(recipe, masks=masks, unreached=_unreached(copy, guess))
     seen.check_chance()
     buffers = [name for name, buffer in layer.named_buffers() if buffer.is_floating_point()]
     reason = "what was made of its parts gives other numbers than it does"
@@ -216,13 +216,12 @@ def _windowed(spec: BlockSpec, windows: set[int | None]) -> BlockSpec:
     return spec.replace(sliding_window=next(iter(windows)))
 
 
-def _check_owned(layer: nn.Module, guess: Guess) -> None:
-    """Raise if a layer holds what no part of a block stands for, which other calls would reach."""
+def _unreached(layer: nn.Module, guess: Guess) -> str | None:
+    """A parameter of a stand-in that no part of a block is, if there is one: cross attention's."""
     owned = {*guess.names.values()}
     rest = tuple(f"{path}." for path in guess.rest or ())
-    for name, _ in layer.named_parameters(remove_duplicate=False):
-        if name not in owned and not name.startswith(rest):
-            raise NotUnderstood(f"it holds {name}, which no part of a block is (cross attention?)")
+    names = (name for name, _ in layer.named_parameters(remove_duplicate=False))
+    return next((n for n in names if n not in owned and not n.startswith(rest)), None)
 
 
 def _check_positions(
