@@ -31,7 +31,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pretrain_config import Config, differences
 from pretrain_data import Tokens, load
-from pretrain_log import Interrupt, Log, check_installed, memory_snapshot, peak_bytes, profiler
+from pretrain_log import (
+    Interrupt,
+    Log,
+    check_installed,
+    memory_snapshot,
+    peak_bytes,
+    profiler,
+    tell,
+)
 from pretrain_model import Model, Ranks, Shape, clip_gradients, cost_model, flops_per_second
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -125,7 +133,7 @@ class Trainer:
         if self.shape.frequencies:
             places = torch.arange(firsts.shape[1])  # in the row, then in its document
             places = places - places.masked_fill(~firsts[:1], 0).cummax(1).values
-            packing["position_embeddings"] = self.shape.angles(places.to(self.ranks.device))
+            packing["places"] = places  # angles are made when they are needed: they are large
         # Tensor parallelism has each process hold a part of every sequence.
         part = mesh.get_local_rank("tensor")
         tokens, labels = (
@@ -133,6 +141,12 @@ class Trainer:
             for whole in (inputs, labels)
         )
         return {"tokens": tokens, "labels": labels, **packing}, count
+
+    def loss(self, places: torch.Tensor | None = None, **batch: Any) -> torch.Tensor:
+        """The sum of the loss of a batch's share; places: of each token in its document."""
+        if places is not None:
+            batch["position_embeddings"] = self.shape.angles(places.to(self.ranks.device))
+        return self.model(**batch)
 
     def train_step(self) -> tuple[float, float]:
         """One optimizer step. Returns the loss and the norm of the gradient before clipping."""
@@ -143,7 +157,7 @@ class Trainer:
         count = max(1, sum(count for _, count in batches))
         total = torch.zeros((), device=self.ranks.device)
         for batch, _ in batches:
-            loss = self.model(**batch) / count
+            loss = self.loss(**batch) / count
             loss.backward()
             total += loss.detach()
         norm = clip_gradients(list(self.model.parameters()), self.config.clip)
@@ -165,7 +179,7 @@ class Trainer:
         total = counted = 0.0
         for _ in range(self.config.validation_batches):
             batch, count = self.batch("validation", generator)
-            total += float(self.model(**batch))
+            total += float(self.loss(**batch))
             counted += count
         self.model.train()
         return self.ranks.sum(total) / max(1, counted)
@@ -223,7 +237,9 @@ class Trainer:
             run = json.loads((path / "run.json").read_text())
             saved, layout, before = run["run"], run["layout"], run["run"]["steps"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"resume: {path} is not a checkpoint of this script") from error
+            raise ValueError(
+                f"resume: {path} is not a checkpoint of this script, or of another version of it"
+            ) from error
         mine = self.config.defining(self.shape, self.tokens)
         longer = mine["steps"] > before
         changed = differences(saved | ({"steps": mine["steps"]} if longer else {}), mine)
@@ -249,6 +265,8 @@ class Trainer:
             torch.set_rng_state(state[rng])
         elif rng in state:
             torch.cuda.set_rng_state(state[rng], self.ranks.device)
+        else:  # of another layout: dropout goes on with others than the run began with
+            torch.manual_seed((torch.initial_seed() + (self.step << 32)) % 2**64)
         if longer and self.ranks.first:
             print(f"resume: steps {before} -> {mine['steps']}, the learning rate's cosine with it")
 
@@ -318,7 +336,9 @@ def start(config: Config) -> tuple[Trainer, Ranks]:
             f"document_end is {config.document_end}, expected -1 or one of the vocabulary's ids "
             f"(below {tokens.vocabulary})"
         )
-    ours = config.defining(shape, tokens) | {"checkpoint": found and found.name}
+    ours = config.defining(shape, tokens) | {
+        "checkpoint": found and found.name, "folder of out": meeting(out, ranks)
+    }  # fmt: skip
     paths = ("model", "data", "out", "device")  # which may differ, and what they hold may not
     ranks.check_same({n: v for n, v in asdict(config).items() if n not in paths} | ours)
     trainer = Trainer(config, shape, tokens, ranks)
@@ -329,10 +349,23 @@ def start(config: Config) -> tuple[Trainer, Ranks]:
     return trainer, ranks
 
 
+def meeting(folder: Path, ranks: Ranks) -> str | None:
+    """A number that the first process leaves in a folder, where this one finds it there."""
+    file = folder / ".meeting"
+    if ranks.first:
+        file.write_text(str(time.time_ns()))
+    dist.barrier()
+    found = file.read_text() if file.exists() else None
+    dist.barrier()
+    if ranks.first:
+        file.unlink()
+    return found
+
+
 def run(config: Config) -> int:
     """Trains. Returns the exit code: 0, or 128 and the signal that ended it."""
     trainer, ranks = start(config)
-    say = print if ranks.first else (lambda *_, **__: None)
+    say = tell if ranks.first else (lambda *_: None)
     out = Path(config.out)
     log = Log(config, trainer.step) if ranks.first else None
     size = sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -370,7 +403,7 @@ def run(config: Config) -> int:
                     peak_bytes(ranks.device), validation,
                 )  # fmt: skip
             if step % config.checkpoint_every == 0 or last or stop:
-                say(f"step {step}: saved {trainer.save(out)}", flush=True)
+                say(f"step {step}: saved {trainer.save(out)}")
     if stop and trainer.step < config.steps:
         return 128 + (interrupt.signal or signal.SIGTERM)
     return 0

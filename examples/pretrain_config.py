@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backfuse.bench.options import check_positive, check_seed
+from backfuse.bench.shapes import ALL_SHAPES
 from backfuse.blocks.policy import FP8_NAMES, Policy
 
 if TYPE_CHECKING:
@@ -107,6 +108,8 @@ class Config:
                 f"{name} is {given[name]} beside {other} ({given[other]}), which takes its place: "
                 f"expected one of --{name.replace('_', '-')} and --{other}"
             )
+        if given.get("model") in ALL_SHAPES and "layers" not in given:
+            raise ValueError(f"model is {given['model']}, a layer's shape: expected --layers too")
         return cls(**given)
 
     def check(self) -> None:

@@ -158,7 +158,7 @@ def _shards(folder: Path, seq_len: int, vocabulary: int, dtype: np.dtype) -> Tok
     parts = []
     for path in paths:
         part = _shard(path, dtype, vocabulary)
-        digest.update(f"{path.name} {part.dtype} {len(part)}".encode())
+        digest.update(f"{part.dtype} {len(part)}".encode())
         digest.update(part[:4096].tobytes() + part[-4096:].tobytes())
         if len(part):
             digest.update(part[np.linspace(0, len(part) - 1, SAMPLES).astype(np.int64)].tobytes())
@@ -189,7 +189,10 @@ def _dataset(data: str, seq_len: int, vocabulary: int) -> Tokens:
     rows = datasets.load_dataset(name, split="train")
     if column not in rows.column_names:
         raise ValueError(f"data is {data!r}, expected a column {column} among {rows.column_names}")
-    text = b"".join(row.encode() + b"\0" for row in rows[column])
+    odd = next((row for row in rows[column] if not isinstance(row, str)), None)
+    if odd is not None or None in rows[column]:
+        raise ValueError(f"data is {data!r}, whose {column} holds {odd!r}, expected texts alone")
+    text = b"".join(row.encode(errors="replace") + b"\0" for row in rows[column])
     ids = np.frombuffer(text, dtype=np.uint8)
     cut = len(ids) - max(int(len(ids) * VALIDATION_SHARE), seq_len + 1)
     if cut <= seq_len:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
 import resource
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,9 +33,12 @@ class Log:
     def __init__(self, config: Config, step: int) -> None:
         self.path = Path(config.out) / "log.csv"
         rows = []
-        if config.resume and self.path.exists():
-            with open(self.path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        if config.resume and self.path.exists():  # lines that a crash left torn are dropped
+            text = self.path.read_text(errors="replace").replace("\0", "")
+            for row in csv.DictReader(text.splitlines()):
+                torn = set(row) != {*self.COLUMNS} or None in row.values()
+                if not torn and row["step"].isdigit() and int(row["step"]) <= step:
+                    rows.append(row)
         with open(self.path, "w", newline="") as file:
             writer = csv.DictWriter(file, self.COLUMNS)
             writer.writeheader()
@@ -83,7 +87,17 @@ class Interrupt:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        print("\nfinishing this step, then saving; Ctrl-C again to stop at once", flush=True)
+        with suppress(OSError, RuntimeError):  # who listened may be gone: nothing is raised here
+            text = "\nfinishing this step, then saving; Ctrl-C again to stop at once"
+            print(text, file=sys.stderr, flush=True)
+
+
+def tell(*words: str) -> None:
+    """Prints at once; once nobody listens any more (`| head`), nothing."""
+    try:
+        print(*words, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def peak_bytes(device: str) -> int:

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from pretrain_config import Config
 
 #: What some models do to embeddings and logits, as a config.json says it -> where it does nothing.
-SCALES = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}
+SCALES = {
+    "embedding_multiplier": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None,
+    "embedding_dropout": 0.0, "embd_pdrop": 0.0, "hidden_dropout": 0.0,
+}  # fmt: skip
 
 #: Scaled rotary embeddings whose frequencies do not depend on the length of what is read.
 SCALED_ROPE = ("linear", "llama3", "yarn")
@@ -74,7 +77,10 @@ class Shape:
         elif Path(config.model).is_file():
             from transformers import AutoConfig
 
-            theirs = AutoConfig.from_pretrained(config.model)
+            try:
+                theirs = AutoConfig.from_pretrained(config.model)
+            except (KeyError, TypeError) as error:  # what it is made of is not there, or wrong
+                raise ValueError(f"model is {config.model}, which is damaged: {error}") from error
             layers = getattr(theirs, "num_hidden_layers", 1)
             specs = {BlockSpec.from_config(theirs, index) for index in range(layers)}
             if len(specs) != 1:
@@ -122,7 +128,13 @@ class Shape:
                 f"model has rotary embeddings scaled by {kind}, expected one of "
                 f"{', '.join(SCALED_ROPE)}, or none: its angles depend on the sequence's length"
             )
-        frequencies, amplitude = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"))
+        try:
+            frequencies, amplitude = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"))
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"model has rope_parameters {theirs.rope_parameters}, of which transformers makes "
+                f"no angles: {error}"
+            ) from error
         return replace(self, frequencies=tuple(frequencies.tolist()), amplitude=float(amplitude))
 
 
@@ -140,7 +152,7 @@ class Ranks:
         device = config.device or default_device()
         check_device(device)
         alone: dict[str, Any] = {}
-        if "RANK" not in os.environ:
+        if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         kind = torch.device(device).type
         if kind == "cuda" and not alone:
@@ -191,9 +203,10 @@ class Ranks:
             raise ValueError(f"expected all ranks to be given the same as rank 0: {'; '.join(odd)}")
 
     @property
-    def layout(self) -> list[int]:
-        """How the processes are arranged."""
-        return [self.mesh["data"].size(), self.mesh["tensor"].size()]
+    def layout(self) -> list[int | str]:
+        """How the processes are arranged, and on what."""
+        kind = torch.device(self.device).type
+        return [self.mesh["data"].size(), self.mesh["tensor"].size(), kind]
 
 
 class Model(nn.Module):

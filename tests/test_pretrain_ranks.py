@@ -113,9 +113,11 @@ def test_two_processes_and_a_resume(main, text, alone, tmp_path, capsys):
     shutil.rmtree(half / "step-00000006")
     args = [*arguments(text, half, **OPTIONS), "--resume"]
     assert main(args) == 2
-    assert "layout [2, 1] -> [1, 1] (--any-layout allows it)" in capsys.readouterr().err
+    changed = "layout [2, 1, 'cpu'] -> [1, 1, 'cpu'] (--any-layout allows it)"
+    assert changed in capsys.readouterr().err
     assert main([*args, "--any-layout"]) == 0
-    assert json.loads((half / "step-00000006" / "run.json").read_text())["layout"] == [1, 1]
+    run = json.loads((half / "step-00000006" / "run.json").read_text())
+    assert run["layout"] == [1, 1, "cpu"]
     for name, weight in read(half)["model"].items():
         torch.testing.assert_close(weight, whole["model"][name], rtol=1e-4, atol=1e-5)
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import types
 from dataclasses import fields
@@ -188,10 +189,10 @@ def test_scaled_rope_is_hugging_faces(pretrain, config_of, tmp_path, kind):
         expected = torch.nn.functional.cross_entropy(
             logits, batch["labels"].flatten(), reduction="sum"
         )
-        torch.testing.assert_close(trainer.model(**batch), expected, rtol=2e-5, atol=0)
-        plain = {n: part for n, part in batch.items() if n != "position_embeddings"}
+        torch.testing.assert_close(trainer.loss(**batch), expected, rtol=2e-5, atol=0)
+        plain = {n: part for n, part in batch.items() if n != "places"}
         with pytest.raises(ValueError, match="position_embeddings is None"):
-            trainer.model(**plain)
+            trainer.loss(**plain)
 
 
 def test_scaled_rope_begins_anew_in_each_document(pretrain, config_of, tmp_path):
@@ -203,13 +204,13 @@ def test_scaled_rope_begins_anew_in_each_document(pretrain, config_of, tmp_path)
             lambda _, args, kwargs: seen.extend([*args, *kwargs["position_embeddings"]]),
             with_kwargs=True,
         )
-        trainer.model(**batch)
+        trainer.loss(**batch)
         assert [part.dtype for part in seen] == [torch.bfloat16, torch.float32, torch.float32]
         starts = batch["cu_seqlens"].tolist()
         assert len(starts) > 4
         for part in zip(starts, starts[1:], strict=False):
             for mine, alone in zip(
-                batch["position_embeddings"],
+                seen[1:],
                 trainer.shape.angles(torch.arange(part[1] - part[0])),
                 strict=True,
             ):
@@ -274,3 +275,67 @@ def test_peak_memory_is_in_bytes(pretrain, monkeypatch):
     for platform, expected in (("linux", 7 * 1024), ("darwin", 7)):
         monkeypatch.setattr(sys, "platform", platform)
         assert log.peak_bytes("cpu") == expected
+
+
+def test_lines_of_the_log_that_are_torn_are_dropped(pretrain, text, tmp_path):
+    args = arguments(text, tmp_path, steps=2, checkpoint_every=1, log_every=1)
+    assert pretrain.main(args) == 0
+    log = tmp_path / "log.csv"
+    whole = log.read_text()
+    torn = "\0\0\0", "1,2,3,4,5,6,7,8,9,10,11", "2,3", f"x{whole.splitlines()[-1]}"
+    log.write_text(whole + "\n".join(torn) + "\n")
+    args = arguments(text, tmp_path, "--resume", steps=3, checkpoint_every=1, log_every=1)
+    assert pretrain.main(args) == 0
+    rows = log.read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, None])
+def test_nobody_listens_any_more(text, tmp_path, number):
+    """The reader of a pipe goes, by the same Ctrl-C or before: a checkpoint is written still."""
+    steps = 400 if number else 4
+    args = arguments(text, tmp_path, steps=steps, checkpoint_every=10**6, log_every=1)
+    run = subprocess.Popen(
+        [sys.executable, str(test_pretrain.SCRIPT), *args], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while b"step 1:" not in run.stdout.readline():
+        assert run.poll() is None
+    run.stdout.close()
+    run.stderr.close()
+    if number:
+        run.send_signal(number)
+    assert run.wait(60) == (128 + number if number else 0)
+    assert len(list(tmp_path.glob("step-*"))) == 1
+
+
+def test_dropout_of_another_layout_is_no_repetition(pretrain, text, tmp_path, monkeypatch):
+    args = arguments(text, tmp_path, steps=2, checkpoint_every=2)
+    assert pretrain.main(args) == 0
+    monkeypatch.setattr(
+        pretrain.Ranks, "layout", property(lambda ranks: [1, 1, "another"]), raising=True
+    )
+    config = pretrain.Config.parse("", [*args, "--resume", "--any-layout"])
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or torch.Generator())
+    with started(pretrain, config):
+        pass
+    assert len(set(seeds)) == len(seeds) == 3  # of the weights, of this rank, from step 2 on
+
+
+def test_what_cannot_be_read_is_named(pretrain, text, tmp_path, capsys, monkeypatch):
+    for odd in (None, 3):
+        datasets = types.ModuleType("datasets")
+        table = {"text": ["a" * 200, odd]}
+        datasets.load_dataset = lambda *_, table=table, **__: type(
+            "Rows", (), {"column_names": ["text"], "__getitem__": lambda self, name: table[name]}
+        )()
+        monkeypatch.setitem(sys.modules, "datasets", datasets)
+        args = arguments("hf:some", tmp_path / "out")
+        assert pretrain.main(args) == 2
+        assert f"whose text holds {odd!r}, expected texts alone" in capsys.readouterr().err
+    model = llama(tmp_path / "odd", embedding_dropout=0.5)
+    assert pretrain.main(arguments(text, tmp_path / "out", model=model)) == 2
+    assert "embedding_dropout is 0.5, expected 0.0" in capsys.readouterr().err
+    assert pretrain.main(["--model", "small-64", "--out", str(tmp_path / "out")]) == 2
+    assert "expected --layers too" in capsys.readouterr().err
