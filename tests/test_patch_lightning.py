@@ -39,7 +39,7 @@ def test_setup_patches_before_fit_alone_and_the_first_rank_prints(by_hook, capsy
     assert len({row.policy for row in callback.report}) == 2
     with pytest.raises(TypeError, match="unexpected keyword argument 'polcy'"):
         by_hook.Patch(polcy="lean")
-    with pytest.raises(ValueError, match="no layer that is understood"):
+    with pytest.raises(ValueError, match="Linear holds nothing with a norm and projections yet"):
         callback.setup(types.SimpleNamespace(is_global_zero=True), torch.nn.Linear(2, 2), "fit")
 
 
