@@ -170,6 +170,46 @@ class Clipped(Layer):
         return super().attend(q, k, v.clamp(-8.0, 8.0))
 
 
+class ClippedScores(Layer):
+    def attend(self, q, k, v):
+        return super().attend(q.clamp(-8.0, 8.0), k, v)
+
+
+class ClippedInput(Layer):
+    def forward(self, states):
+        return super().forward(states.clamp(-20.0, 20.0))
+
+
+class Evaluated(Layer):
+    def forward(self, states):
+        return super().forward(states) * (1.0 if self.training else 0.8)
+
+
+class DropsBeforeNorms(Layer):
+    """As timm's blocks with norms behind the halves do: a block drops out behind such a norm."""
+
+    def forward(self, states):
+        out = F.dropout(self.back(self.attend(*(one(states) for one in self.three))), 0.3)
+        mid = states + self.first(out)
+        inner = self.lower(self.act(self.gateway(mid)) * self.raise_(mid))
+        return mid + self.second(F.dropout(inner, 0.3))
+
+
+class DropsTwice(Layer):
+    def attend(self, q, k, v):
+        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        weights = F.dropout(F.dropout(weights, 0.5), 0.5)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+
+class DropsScores(Layer):
+    def attend(self, q, k, v):
+        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        weights = F.dropout(q @ k.mT * q.shape[-1] ** -0.5, 0.5).softmax(-1)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
@@ -185,8 +225,15 @@ class Clipped(Layer):
         (ByTokens(), "gives other numbers"),
         (Clipped(), "large activations give other numbers"),
         (Layer(act=lambda x: F.silu(x).clamp(max=16.0)), "large activations give other numbers"),
+        (ClippedScores(), "large activations give other numbers"),
+        (ClippedInput(), "large activations give other numbers"),
+        (Evaluated(), "in eval mode it gives other numbers"),
+        (DropsBeforeNorms(), "gives other numbers"),
+        (DropsTwice(), "it drops out twice in one place"),
+        (DropsScores(), "it drops out .p = 0.5. elsewhere"),
+        (Layer(extra=nn.Dropout1d(0.5)), "it draws random numbers besides dropout"),
     ],
-    ids=range(12),
+    ids=range(19),
 )
 def test_what_differs_a_little_is_left_alone(layer, why):
     kind = type(layer)
@@ -235,6 +282,31 @@ def test_layers_that_differ_by_their_number_are_each_read():
     model = nn.ModuleList(Numbered(index) for index in range(3))
     report = patch(model)
     assert report.fused == ["0"] and list(report.skipped) == ["1", "2"]
+
+
+class Deeper(Layer):
+    """What its number does is seen in no output of a stand-in."""
+
+    def __init__(self, index, how):
+        super().__init__()
+        self.layer_idx, self.how = index, how
+
+    def forward(self, states):
+        if self.how == "dropout":
+            p = 0.2 * self.layer_idx
+            self.extra = lambda x: F.dropout(x, p, self.training)
+        y = super().forward(states)
+        if self.how == "depth" and self.layer_idx and self.training and torch.rand(()) < 1e-6:
+            return states
+        if self.how == "clamp" and self.layer_idx:
+            return y.clamp(-500.0, 500.0)
+        return y
+
+
+@pytest.mark.parametrize("how", ["depth", "clamp", "dropout"])
+def test_numbers_that_change_what_a_stand_in_does_not_show(how):
+    report = patch(nn.ModuleList([Deeper(index, how) for index in range(3)]))
+    assert [row.status for row in report] == ["fused", "skipped", "skipped"]
 
 
 def test_what_the_caller_set_for_all_of_pytorch_does_not_matter():

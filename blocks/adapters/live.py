@@ -104,6 +104,11 @@ def read_layers(
                 f"only the attention half of {name} is understood, expected whole blocks: what the "
                 "other half keeps is in no plan; patch with a policy"
             )
+        if recipe.unreached:
+            raise ValueError(
+                f"calls that reach {recipe.unreached} of {name} keep what they always kept, which "
+                "is in no plan; patch with a policy"
+            )
         try:
             given[name] = (recipe.spec, *weights_of(model.get_submodule(name), recipe))
         except OwnForward as reason:

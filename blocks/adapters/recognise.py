@@ -64,6 +64,11 @@ class Guess:
     rest: tuple[str, str] | None = None
 
 
+def _is_softmax(x: Tensor) -> bool:
+    """Whether rows are weights: at most 1 in sum (a sink takes a share), and none below 0."""
+    return bool((x >= 0).all() and (x.sum(-1) <= 1 + 1e-4).all())
+
+
 def _storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
@@ -242,12 +247,15 @@ class Reading:
         halves: dict[int, float] = {}
         outs = self._outs()
         hidden: set[float] = set()
+        places: list[int] = []
         for p, x in self.seen.dropped:
+            places.append(_storage(x))
             if self.ffn and _storage(x) == _storage(self.ffn[1].members[0].x):
                 hidden.add(p)
                 continue
-            if tuple(x.shape[-2:]) == (x.shape[-2],) * 2 and x.dim() == 4:
+            if x.dim() == 4 and x.shape[-2] == x.shape[-1] and _is_softmax(x):
                 scores.add(p)
+                places[-1] = -1  # each softmax has one
                 continue
             half = next((i for i, s in enumerate(outs) if _storage(s.y) == _storage(x)), None)
             if half is None:
@@ -256,6 +264,8 @@ class Reading:
                     "the halves' outputs"
                 )
             halves[half] = p
+        if len(set(places)) < len(places):
+            raise NotUnderstood("it drops out twice in one place")
         unlike = len(set(halves.values())) > 1 or 0 < len(halves) < len(outs)
         if unlike or len(scores) > 1 or len(hidden) > 1:
             raise NotUnderstood("its halves drop out with unlike probabilities")
@@ -350,7 +360,10 @@ class Reading:
                 f"its norms stand {counts[0]} before attention, {counts[1]} between the halves and "
                 f"{counts[2]} behind the FFN"
             )
+        drops = fields["residual_dropout"] > 0
         for order, layout in itertools.product(ORDERS[counts], self._qkv_layouts()):
+            if drops and order.get("norm_position") in ("both", "post"):
+                continue  # a block drops out behind such a norm, and this was seen before it
             spec = BlockSpec(**{**fields, **ffn, **order, **layout})
             yield Guess(spec, self._names(spec, ups))
 

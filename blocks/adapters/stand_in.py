@@ -73,12 +73,17 @@ def stand_in(layer: nn.Module, original: type[nn.Module]) -> nn.Module:
                 memo[id(hooks)] = type(hooks)()
     result = copy.deepcopy(layer, memo)
     result.__class__ = original
-    for path, module in list(result.named_modules()):
-        live = active_of(module)
-        live = getattr(live, "base_layer", live)  # an adapter's: what it adapts is read
-        if path and live is not module and isinstance(live, nn.Module):
-            result.set_submodule(path, live)
+    while wrapped := next(((p, m) for p, m in result.named_modules() if p and _inner(m)), None):
+        path, module = wrapped
+        result.set_submodule(path, _inner(module))  # type: ignore[arg-type]
     return result.train()
+
+
+def _inner(module: nn.Module) -> nn.Module | None:
+    """What PEFT put this around, and a block reads; None for anything else."""
+    live = active_of(module)
+    live = getattr(live, "base_layer", live)  # an adapter's: what it adapts is read
+    return live if live is not module and isinstance(live, nn.Module) else None
 
 
 class Unreadable:
@@ -91,21 +96,25 @@ class Unreadable:
 
 
 def enlarge(layer: nn.Module, names: Mapping[str, str], spec: BlockSpec) -> None:
-    """Make a stand-in's activations large, but for the scores: what clamps them is seen then.
+    """Make a stand-in's activations large: what clamps them is seen then.
 
     Args:
-        layer: the stand-in, whose projections are multiplied by `LARGE`, but for those of q and k.
+        layer: the stand-in, whose projections are multiplied by `LARGE`, those of q and k by 4:
+            scores grow by its square.
         names: the spec's parameters -> the layer's, by path.
         spec: what the layer is taken for.
     """
     own = dict(layer.named_parameters(remove_duplicate=False))
-    others = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
     for name, path in names.items():
-        if not name.endswith("_proj.weight") or name in others:
+        if not name.endswith("_proj.weight"):
             continue
         weight = own[path].data
         rows = in_order(spec, name, weight)  # a view, but where rows go by heads
-        (rows[-spec.v_size :] if "qkv" in name else rows).mul_(LARGE)
+        if "qkv" in name:
+            rows[: -spec.v_size].mul_(4.0)
+            rows[-spec.v_size :].mul_(LARGE)
+        else:
+            rows.mul_(4.0 if name.split(".")[1] in ("q_proj", "k_proj") else LARGE)
         if rows.data_ptr() != weight.data_ptr():
             weight.copy_(as_parameter(spec, name, rows))
 
@@ -166,7 +175,8 @@ RANDOM = {
     "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "bernoulli",
     "bernoulli_", "multinomial", "normal", "normal_", "uniform_", "random_", "exponential_",
     "geometric_", "log_normal_", "cauchy_", "poisson", "rrelu", "rrelu_", "alpha_dropout",
-    "feature_alpha_dropout", "gumbel_softmax",
+    "feature_alpha_dropout", "gumbel_softmax", "dropout1d", "dropout2d", "dropout3d",
+    "feature_dropout",
 }  # fmt: skip
 
 
@@ -181,7 +191,7 @@ class NoDropout(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (F.dropout, torch.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
+        if func in (F.dropout, torch.dropout):
             bound = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
             p = float(bound.get("p", 0.5))
             if p and bound.get("training", bound.get("train", True)):

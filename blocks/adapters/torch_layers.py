@@ -145,10 +145,11 @@ def _check(copy: nn.Module, original: type[nn.Module], recipe: Recipe) -> None:
     args = [x] if recipe.kind == "encoder" else [x, x.flip(-1)]
     prefix = "src" if recipe.kind == "encoder" else "tgt"
     masks = {f"{prefix}_mask": causal, f"{prefix}_key_padding_mask": padding}
-    for given in ({}, masks, None):
-        if given is None:
+    for mode in ("masked", "plain", "eval", "large"):
+        given = masks if mode == "masked" else {}
+        copy.train(mode != "eval")
+        if mode == "large":
             enlarge(copy, recipe.names, recipe.spec)
-            given = {}
         seen = Observation(x)
         with torch.no_grad(), NoDropout(seen):
             theirs = original.forward(copy, *args, **given)

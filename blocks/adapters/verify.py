@@ -27,6 +27,7 @@ from .recipe import Recipe, agrees
 from .recognise import Guess, Reading
 from .stand_in import (
     ANGLES,
+    LARGE,
     MASK,
     SEQ_LEN,
     Observation,
@@ -182,6 +183,7 @@ def _understand_hf(layer: nn.Module, original: type[nn.Module]) -> Recipe:
                     seen.check_chance(guess.rest[1] if guess.rest else None)
                     _check_positions(copy, original, output, x, position, mask)
                     unmasked = mask is None or _unmasked(copy, guess, x, position)
+                    _check_eval(copy, guess, x, position, mask)
                     _check_large(copy, guess, x, position, mask)
                     if masks == "flash":
                         guess = replace(guess, spec=_windowed(guess.spec, windows))
@@ -193,11 +195,25 @@ def _understand_hf(layer: nn.Module, original: type[nn.Module]) -> Recipe:
     raise NotUnderstood(reason + (f" (it may read {', '.join(buffers)})" if buffers else ""))
 
 
+def _check_eval(
+    layer: nn.Module, guess: Guess, x: Tensor, position: Any, mask: Tensor | None
+) -> None:
+    """Raise if a layer does something else in eval mode."""
+    layer.eval()
+    told = ((ANGLES, position), (MASK, mask))
+    output, _ = only_output(run(layer, x, **{n: v for n, v in told if v is not None}).output)
+    with torch.no_grad():
+        if not agrees(_run_guess(layer, guess, x, position, mask), output, x):
+            raise NotUnderstood("in eval mode it gives other numbers")
+    layer.train()
+
+
 def _check_large(
     layer: nn.Module, guess: Guess, x: Tensor, position: Any, mask: Tensor | None
 ) -> None:
     """Raise if large activations are clamped; the stand-in is spoilt."""
     enlarge(layer, guess.names, guess.spec)
+    x = x * LARGE if guess.spec.pre_norm else x  # elsewhere scores would be too large
     told = ((ANGLES, position), (MASK, mask))
     output, _ = only_output(run(layer, x, **{n: v for n, v in told if v is not None}).output)
     with torch.no_grad():
@@ -308,20 +324,28 @@ def same_but_for_number(
             rope = recipe.spec.rotary_dim if recipe.spec.rope else None
             given[ANGLES] = angles(rope or rotary_dims(layer, head_dim(layer, width))[0], "half")
 
-        def numbered(values: Mapping[tuple[str, str], Any]) -> tuple[Tensor, bool]:
+        def numbered(values: Mapping[tuple[str, str], Any]) -> tuple[Tensor, object]:
             for (path, name), value in values.items():
                 place = path.replace(".base_layer", "")
                 setattr(copy.get_submodule(place), name, value)
             with without_liger(copy), plain_attention(copy) as windows:
-                output, _ = only_output(run(copy, x, **given).output)
-            return output, recipe.masks != "flash" or windows == {recipe.spec.sliding_window}
+                seen = run(copy, x, **given)
+            drops = [p for p, _ in seen.dropped], seen.score_dropout, len(seen.drawn)
+            return only_output(seen.output)[0], (drops, windows)
 
-        expected, like = numbered(numbers(layer))
+        expected, told = numbered(numbers(layer))
         try:
-            output, _ = numbered(dict.fromkeys(numbers(layer), Unreadable()))
-            if like and agrees(output, expected, x):
+            output, found = numbered(dict.fromkeys(numbers(layer), Unreadable()))
+            if found == told and agrees(output, expected, x):
                 return [True] * len(others)
         except Exception:  # whatever somebody's code raises: a number was looked at, perhaps
             pass
-        found = [numbered(numbers(other)) for other in others]
-    return [like and agrees(output, expected, x) for output, like in found]
+        same = [True] * len(others)
+        for large in (False, True):
+            if large:
+                enlarge(copy, recipe.names, recipe.spec)
+                expected, told = numbered(numbers(layer))
+            for index, other in enumerate(others):
+                output, found = numbered(numbers(other))
+                same[index] &= found == told and agrees(output, expected, x)
+    return same
