@@ -45,7 +45,7 @@ from .policy import KEEP, Policy
 from .replay import effective_policies
 from .run import Gradients, Kept, wanted_names
 from .spec import BlockSpec
-from .split import check_adapters, dimension_of, local_spec
+from .split import check_adapters, dimension_of, is_split, local_spec
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -284,10 +284,6 @@ class _Whole:
     parallel: Parallel
 
 
-def _is_split(parameter: Tensor) -> bool:
-    return hasattr(parameter, "device_mesh")  # a DTensor
-
-
 def _sharded(path: str) -> ValueError:
     return ValueError(
         f"{path or 'module'} is sharded already, expected a whole block: parallelize comes before "
@@ -303,7 +299,7 @@ def _whole(module: nn.Module, path: str, mesh: DeviceMesh, sequence_parallel: bo
     """
     layer, name, ends = module.get_submodule(path), path or "module", (False, False)
     own = dict(layer.named_parameters())
-    if any(map(_is_split, own.values())):
+    if any(map(is_split, own.values())):
         raise _sharded(path)
     if isinstance(layer, TransformerBlock):
         spec, (weights, adapters) = layer.spec, layer.weights()
@@ -483,7 +479,7 @@ def parallelize(
     wholes = {}
     for path, layer in layers.items():
         own = isinstance(layer, TransformerBlock)
-        if own and (layer.parallel or layer.context or any(map(_is_split, layer.parameters()))):
+        if own and (layer.parallel or layer.context or any(map(is_split, layer.parameters()))):
             raise _sharded(path)
         if ranks is not None and not own:
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from .lora import Adapters, drops
 from .spec import BlockSpec, check_spec
 
@@ -58,6 +60,11 @@ def dimension_of(name: str) -> int | None:
     if (dimension, kind) in ((0, "lora_A"), (1, "lora_B")):  # of what every rank reads, or gives
         return None
     return dimension
+
+
+def is_split(parameter: Tensor) -> bool:
+    """Whether a parameter is a DTensor, told without the import, which takes a while."""
+    return hasattr(parameter, "device_mesh")
 
 
 def check_adapters(adapters: Adapters) -> None:

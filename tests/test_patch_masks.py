@@ -153,6 +153,8 @@ def test_positions_of_a_batch_of_one_are_read_once(plain_flash, monkeypatch):
     inputs["position_ids"] += 1  # in place: the same sequences
     model(**inputs)
     assert len(calls) == 2
+    version, notes = inputs["position_ids"]._backfuse_packed  # of the tensor as it is, alone
+    assert version == inputs["position_ids"]._version and len(notes) == 1
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,16 @@ def _dense(mask: Any) -> Tensor:
     return dense
 
 
+def _noted(x: Tensor, name: str) -> dict[object, Any]:
+    """What was found out about a tensor as it is now, for the other layers; to be added to."""
+    version, notes = vars(x).get(name, (None, {}))
+    if version != x._version:  # what was true of it before is let go
+        notes = {}
+        vars(x)[name] = x._version, notes
+    found: dict[object, Any] = notes
+    return found
+
+
 def _padding(spec: BlockSpec, x: Tensor, mask: Any) -> Tensor:
     """What is seen where FlashAttention leaves padding out: its tokens see nothing, nor are seen.
 
@@ -169,8 +179,8 @@ def _padding(spec: BlockSpec, x: Tensor, mask: Any) -> Tensor:
 
     if torch.compiler.is_compiling() or mask.is_inference():  # which may change unseen
         return made()
-    known: dict[object, Tensor] = vars(mask).setdefault("_backfuse_seen", {})
-    key = mask._version, spec.causal, spec.sliding_window
+    known = _noted(mask, "_backfuse_seen")
+    key = spec.causal, spec.sliding_window
     if key not in known:
         known[key] = made()
     return known[key]
@@ -203,11 +213,11 @@ def _restarts(position: Tensor) -> tuple[Tensor | None, int | None]:
         )
     if position.is_inference():  # which may change unseen
         return _offsets(position.flatten())
-    known: dict[int, tuple[Tensor | None, int | None]]
-    known = vars(position).setdefault("_backfuse_packed", {})
-    if position._version not in known:
-        known[position._version] = _offsets(position.flatten())
-    return known[position._version]
+    known = _noted(position, "_backfuse_packed")
+    if "offsets" not in known:
+        known["offsets"] = _offsets(position.flatten())
+    packed: tuple[Tensor | None, int | None] = known["offsets"]
+    return packed
 
 
 def _offsets(position: Tensor) -> tuple[Tensor | None, int | None]:
@@ -266,8 +276,8 @@ def _says_the_spec(mask: Tensor, spec: BlockSpec) -> bool:
     capturing = mask.is_cuda and torch.cuda.is_current_stream_capturing()
     if capturing or torch.compiler.is_compiling() or mask.is_inference():
         return False
-    known: dict[object, bool] = vars(mask).setdefault("_backfuse_says", {})
-    key = mask._version, spec.causal, spec.sliding_window
+    known = _noted(mask, "_backfuse_says")
+    key = spec.causal, spec.sliding_window
     if key not in known:
         out = hidden(spec, mask.shape[-1], mask)
         if mask.dtype == torch.bool:

@@ -18,6 +18,7 @@ from backfuse.blocks.inputs import check_chunk_size, check_impl, check_offload_d
 from backfuse.blocks.planner.make import plan as make_plan
 from backfuse.blocks.planner.plan import Plan
 from backfuse.blocks.policy import Policy, PolicyLike
+from backfuse.blocks.split import is_split
 
 from .live import read_layers
 from .patched import State, obstacle, original_class, patched_class, state_of, swap, unswap
@@ -177,7 +178,7 @@ def _check_model(model: object) -> None:
                 "(and unpatch) first, shard then"
             )
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "device_mesh"):
+        if is_split(parameter):
             raise ValueError(
                 f"{name} is a DTensor, expected a plain tensor: patch first, distribute then"
             )

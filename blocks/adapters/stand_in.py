@@ -73,9 +73,8 @@ def stand_in(layer: nn.Module, original: type[nn.Module]) -> nn.Module:
                 memo[id(hooks)] = type(hooks)()
     result = copy.deepcopy(layer, memo)
     result.__class__ = original
-    while wrapped := next(((p, m) for p, m in result.named_modules() if p and _inner(m)), None):
-        path, module = wrapped
-        result.set_submodule(path, _inner(module))  # type: ignore[arg-type]
+    while wrapped := [(p, x) for p, m in result.named_modules() if p and (x := _inner(m))]:
+        result.set_submodule(*wrapped[0])  # the paths below it are others then
     return result.train()
 
 

@@ -183,8 +183,7 @@ def _understand_hf(layer: nn.Module, original: type[nn.Module]) -> Recipe:
                     seen.check_chance(guess.rest[1] if guess.rest else None)
                     _check_positions(copy, original, output, x, position, mask)
                     unmasked = mask is None or _unmasked(copy, guess, x, position)
-                    _check_eval(copy, guess, x, position, mask)
-                    _check_large(copy, guess, x, position, mask)
+                    _check_elsewhere(copy, guess, x, position, mask)
                     if masks == "flash":
                         guess = replace(guess, spec=_windowed(guess.spec, windows))
                     recipe = _recipe(layer, guess, arguments, extra, unmasked)
@@ -195,30 +194,23 @@ def _understand_hf(layer: nn.Module, original: type[nn.Module]) -> Recipe:
     raise NotUnderstood(reason + (f" (it may read {', '.join(buffers)})" if buffers else ""))
 
 
-def _check_eval(
+def _check_elsewhere(
     layer: nn.Module, guess: Guess, x: Tensor, position: Any, mask: Tensor | None
 ) -> None:
-    """Raise if a layer does something else in eval mode."""
+    """Raise if a guess is wrong in eval mode, or of large activations; the stand-in is spoilt."""
+    told = {n: value for n, value in ((ANGLES, position), (MASK, mask)) if value is not None}
+
+    def holds(x: Tensor) -> bool:
+        output, _ = only_output(run(layer, x, **told).output)
+        with torch.no_grad():
+            return agrees(_run_guess(layer, guess, x, position, mask), output, x)
+
     layer.eval()
-    told = ((ANGLES, position), (MASK, mask))
-    output, _ = only_output(run(layer, x, **{n: v for n, v in told if v is not None}).output)
-    with torch.no_grad():
-        if not agrees(_run_guess(layer, guess, x, position, mask), output, x):
-            raise NotUnderstood("in eval mode it gives other numbers")
-    layer.train()
-
-
-def _check_large(
-    layer: nn.Module, guess: Guess, x: Tensor, position: Any, mask: Tensor | None
-) -> None:
-    """Raise if large activations are clamped; the stand-in is spoilt."""
-    enlarge(layer, guess.names, guess.spec)
-    x = x * LARGE if guess.spec.pre_norm else x  # elsewhere scores would be too large
-    told = ((ANGLES, position), (MASK, mask))
-    output, _ = only_output(run(layer, x, **{n: v for n, v in told if v is not None}).output)
-    with torch.no_grad():
-        if not agrees(_run_guess(layer, guess, x, position, mask), output, x):
-            raise NotUnderstood("large activations give other numbers: it clamps them, perhaps")
+    if not holds(x):
+        raise NotUnderstood("in eval mode it gives other numbers")
+    enlarge(layer.train(), guess.names, guess.spec)
+    if not holds(x * LARGE if guess.spec.pre_norm else x):  # elsewhere scores would be too large
+        raise NotUnderstood("large activations give other numbers: it clamps them, perhaps")
 
 
 def _windowed(spec: BlockSpec, windows: set[int | None]) -> BlockSpec:
